@@ -1,0 +1,84 @@
+"""A folder that can be trusted: files, and a manifest that names every one with its size and SHA-256.
+
+The manifest also says what the folder is (kind, model, licence, architecture, recipe, versions). Opening one
+verifies all of it, so that a truncated file, a flipped byte or a folder of another kind is an error with a remedy
+before anything is computed from it.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from model.errors import InputError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+REMEDY = 'run "python -m pipeline run"'
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All regular files below a folder, relative to it, in a fixed order."""
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes JSON with a stable layout, in one atomic step."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_manifest(folder: Path, kind: str, facts: dict[str, Any]) -> None:
+    """Seals a folder: lists all its files and states `facts` about them."""
+    files = {
+        str(name): {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
+        for name in files_below(folder)
+        if str(name) != MANIFEST
+    }
+    write_json(folder / MANIFEST, {"format": FORMAT_VERSION, "kind": kind, **facts, "files": files})
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """Opens a sealed folder: checks its kind and every file's size and SHA-256. Raises InputError on any difference."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no {folder / MANIFEST}: {REMEDY}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+        raise InputError(f"{folder / MANIFEST}: not valid JSON ({fault}): {REMEDY}") from fault
+    found = (manifest.get("kind"), manifest.get("format"))
+    if found != (kind, FORMAT_VERSION):
+        raise InputError(
+            f"{folder}: holds kind {found[0]!r} in format {found[1]!r}, expected {kind!r} in format {FORMAT_VERSION}: {REMEDY}"
+        )
+    with ThreadPoolExecutor() as pool:
+        faults = list(pool.map(lambda entry: _fault(folder / entry[0], entry[1]), manifest["files"].items()))
+    for fault in filter(None, faults):
+        raise InputError(f"{fault}: {REMEDY}")
+    return manifest
+
+
+def manifest_digest(folder: Path) -> str:
+    """SHA-256 of a sealed folder's manifest, and so of all it lists."""
+    return file_digest(folder / MANIFEST)
+
+
+def _fault(path: Path, expected: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path}: missing"
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"{path}: {size} bytes found, {expected['bytes']} expected"
+    digest = file_digest(path)
+    if digest != expected["sha256"]:
+        return f"{path}: SHA-256 {digest[:12]}… found, {expected['sha256'][:12]}… expected"
+    return None

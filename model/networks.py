@@ -1,0 +1,149 @@
+"""Networks from folders: the float reference, the canonical int4 folder, and the engine's packed weights.
+
+The canonical folder (kind "int4") is portable: for each matrix `NAME.values` (bytes, see `quantization.pack_nibbles`,
+or int8) and `NAME.scales`, for each norm the tensor itself. The head is always stored under its own name, even when
+the checkpoint ties it to the embedding, because the two may have different widths.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from model.architecture import Architecture
+from model.artifact import read_manifest
+from model.checkpoint import Checkpoint
+from model.int4_linear import Dense, Int4, Int8, Weight, named_tensors, pack_halves
+from model.llama import LayerWeights, Network
+from model.quantization import Quantized, unpack_nibbles
+from model.shards import shard_files
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+NORM = "model.norm.weight"
+
+
+def source_of(name: str, architecture: Architecture) -> str:
+    """The checkpoint's tensor behind a name: a tied head is the embedding."""
+    return EMBEDDING if name == HEAD and architecture.tied_head else name
+
+
+class Int4Folder:
+    """A verified canonical folder; tensors are read lazily by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.manifest = read_manifest(folder, "int4")
+        self.folder = folder
+        self.architecture = Architecture.from_dict(self.manifest["architecture"])
+        self._file_of: dict[str, Path] = {}
+        for path in shard_files(folder):
+            with safe_open(path, framework="pt") as file:
+                self._file_of |= dict.fromkeys(file.keys(), path)
+
+    def tensor(self, name: str) -> Tensor:
+        with safe_open(self._file_of[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    def matrix(self, name: str) -> Quantized | Tensor:
+        """A matrix as stored: quantized, or the float tensor itself where the recipe keeps 16 bits."""
+        if name in self._file_of:
+            return self.tensor(name)
+        values, scales = self.tensor(f"{name}.values"), self.tensor(f"{name}.scales")
+        return (
+            Quantized(unpack_nibbles(values), scales, 4)
+            if values.dtype == torch.uint8
+            else Quantized(values, scales, 8)
+        )
+
+    def float_matrix(self, name: str) -> Tensor:
+        """The float32 weight that the stored matrix stands for."""
+        stored = self.matrix(name)
+        return stored.dequantize() if isinstance(stored, Quantized) else stored.float()
+
+
+def float_network(checkpoint: Checkpoint, dtype: torch.dtype) -> Network:
+    """The unquantized network, computed eagerly in `dtype`: the reference of every gate."""
+    arch = checkpoint.architecture
+
+    def read(name: str) -> Tensor:
+        return checkpoint.tensor(source_of(name, arch)).to(dtype)
+
+    return _eager_network(arch, read, lambda name: Dense(read(name)))
+
+
+def quantized_network(folder: Int4Folder, *, int8_activations: bool) -> Network:
+    """The quantized weights in float32 arithmetic; with `int8_activations`, the numerics of KleidiAI's kernels."""
+    return _eager_network(
+        folder.architecture,
+        lambda name: folder.float_matrix(name) if name == EMBEDDING else folder.tensor(name).float(),
+        lambda name: Dense(folder.float_matrix(name), int8_activations),
+    )
+
+
+def _eager_network(arch: Architecture, tensor: Callable[[str], Tensor], matrix: Callable[[str], Dense]) -> Network:
+    def fused(*names: str) -> Dense:
+        parts = [matrix(name) for name in names]
+        return Dense(torch.cat([part.weight for part in parts]), parts[0].int8_activations)
+
+    layers = []
+    for layer in range(arch.layers):
+        names = layer_names(layer)
+        layers.append(
+            LayerWeights(
+                tensor(names["attention_norm"][0]),
+                fused(*names["qkv"]),
+                fused(*names["output"]),
+                tensor(names["mlp_norm"][0]),
+                fused(*names["gate_up"]),
+                fused(*names["down"]),
+            )
+        )
+    return Network(arch, tensor(EMBEDDING), layers, tensor(NORM), matrix(HEAD))
+
+
+def layer_names(layer: int) -> dict[str, list[str]]:
+    """The checkpoint's tensors behind each field of `LayerWeights`, in the order in which they are fused."""
+    prefix = f"model.layers.{layer}."
+    parts = {
+        "attention_norm": ["input_layernorm"],
+        "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "output": ["self_attn.o_proj"],
+        "mlp_norm": ["post_attention_layernorm"],
+        "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+        "down": ["mlp.down_proj"],
+    }
+    return {field: [f"{prefix}{part}.weight" for part in names] for field, names in parts.items()}
+
+
+def packed_tensors(folder: Int4Folder) -> Iterator[tuple[str, Tensor]]:
+    """The engine's weights, named `layers.3.qkv.packed` and so on, one matrix in memory at a time."""
+    yield from named_tensors("embedding", packed(folder.matrix(EMBEDDING)))
+    for layer in range(folder.architecture.layers):
+        for field, names in layer_names(layer).items():
+            if field.endswith("norm"):
+                yield f"layers.{layer}.{field}", folder.tensor(names[0]).float()
+            else:
+                yield from named_tensors(
+                    f"layers.{layer}.{field}", packed(_fuse([folder.matrix(name) for name in names]))
+                )
+    yield "norm", folder.tensor(NORM).float()
+    yield from named_tensors("head", packed(folder.matrix(HEAD)))
+
+
+def packed(stored: Quantized | Tensor) -> Weight:
+    """A stored matrix in the layout its kernel reads; scales in float32, which the kernel multiplies with."""
+    if not isinstance(stored, Quantized):
+        return Dense(stored)
+    values_OGE, scales_OG = stored.values.unflatten(1, (-1, stored.group)), stored.scales.float()
+    return Int4(pack_halves(values_OGE), scales_OG) if stored.bits == 4 else Int8(values_OGE, scales_OG)
+
+
+def _fuse(parts: list[Quantized | Tensor]) -> Quantized | Tensor:
+    """Matrices stacked along their outputs; exact, since groups run along the inputs."""
+    quantized = [part for part in parts if isinstance(part, Quantized)]
+    assert len(quantized) == len(parts), "decoder layers are always quantized"
+    values, scales = [part.values for part in quantized], [part.scales for part in quantized]
+    return Quantized(torch.cat(values), torch.cat(scales), quantized[0].bits)

@@ -1,0 +1,26 @@
+"""How a model is quantized: the few decisions that set its size, speed and quality."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from model.fields import Checked, Range
+
+Bits = Literal[4, 8, 16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Checked):
+    """Recorded in the artifact's manifest, so that an artifact says how it was made."""
+
+    scheme: Literal["int4-g32", "int4-channel"]
+    """Symmetric int4 with one scale per 32 inputs (bf16), or one per output row (float32)."""
+    embedding_bits: Bits
+    """Width of the embedding table: gathered, never multiplied, so it costs memory and no time."""
+    head_bits: Bits
+    """Width of the output head: read whole for every token, so it costs speed."""
+    search_steps: Annotated[int, Range(1, 64)] = 14
+    """Candidate scales tried per group and sign; see `model.quantization.search_scales`."""
+
+    def group(self, inputs: int) -> int:
+        """Inputs that share one scale in a row of `inputs`."""
+        return 32 if self.scheme == "int4-g32" else inputs

@@ -1,0 +1,48 @@
+"""Many tensors in few safetensors files: written as a stream, read as a memory map."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARD_BYTES = 512 << 20
+"""A shard's size; also the most memory that writing holds."""
+
+
+def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, stem: str = "weights") -> dict[str, str]:
+    """Streams named tensors into `weights-00001.safetensors` and so on. Returns each tensor's file name."""
+    file_of: dict[str, str] = {}
+    for index, shard in enumerate(_group(tensors), start=1):
+        file = f"{stem}-{index:05d}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, folder / file, {"format": "pt"})
+        file_of |= dict.fromkeys(shard, file)
+    return file_of
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The shards of weights in a folder, in order."""
+    return sorted(folder.glob("weights-*.safetensors"))
+
+
+def read_shards(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's shards, memory-mapped: pages are read when first touched."""
+    tensors: dict[str, Tensor] = {}
+    for path in shard_files(folder):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}
+    return tensors
+
+
+def _group(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    held = 0
+    for name, tensor in tensors:
+        if shard and held + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, held = {}, 0
+        shard[name] = tensor
+        held += tensor.nbytes
+    if shard:
+        yield shard

@@ -1,0 +1,126 @@
+"""Text to tokens and back, and the chat template: `tokenizers` and `jinja2`, without `transformers`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as FastTokenizer
+
+from model.errors import InputError
+
+Message = Mapping[str, str]
+"""One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
+
+
+class Tokenizer:
+    """A model's tokenizer.json with the chat template and stop tokens that belong to it."""
+
+    def __init__(self, fast: FastTokenizer, chat_template: str, special: Mapping[str, str], stop_tokens: Sequence[int]):
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        self._fast = fast
+        self._template = environment.from_string(chat_template)
+        self._special = special
+        self.stop_tokens = frozenset(stop_tokens)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Reads tokenizer.json and chat.json (template, special tokens, stop tokens) from an artifact."""
+        chat = json.loads((folder / "chat.json").read_text(encoding="utf-8"))
+        fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+        return cls(fast, chat["template"], chat["special"], chat["stop_tokens"])
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Token ids; `add_special` prepends the beginning-of-text token where the model has one."""
+        ids: list[int] = self._fast.encode(text, add_special_tokens=add_special).ids
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of the tokens, special ones left out; an unfinished UTF-8 sequence shows as U+FFFD."""
+        return str(self._fast.decode(list(tokens), skip_special_tokens=True))
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """The prompt text that asks the model for the next assistant turn."""
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=True, **self._special)
+        except TemplateError as fault:
+            raise InputError(f"the chat template refuses these messages: {fault}") from fault
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of `render_chat`; the template itself writes the beginning-of-text token."""
+        return self.encode(self.render_chat(messages), add_special=False)
+
+
+class TextStream:
+    """Turns tokens into text as they come, never cutting a character: undecided bytes wait for the next token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._pending: list[int] = []
+        self._context: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that this token completes, perhaps none."""
+        self._pending.append(token)
+        text = self._new_text()
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._pending) < 8:
+            return ""
+        self._context, self._pending = (self._context + self._pending)[-8:], []
+        return text
+
+    def flush(self) -> str:
+        """What remains when no token follows; an unfinished character becomes U+FFFD."""
+        text, self._pending = self._new_text(), []
+        return text
+
+    def _new_text(self) -> str:
+        """Decoded beside a few earlier tokens, since some decoders treat the first token of a text specially."""
+        before = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._pending)[len(before) :]
+
+
+def chat_settings(folder: Path) -> dict[str, Any]:
+    """chat.json's content, gathered from a Hugging Face-style folder.
+
+    Stop tokens are generation_config's, or config's, end-of-text ids together with the tokenizer's own.
+    """
+    config = _read_optional(folder / "tokenizer_config.json")
+    special = {name: _token_text(config[name]) for name in ("bos_token", "eos_token") if config.get(name)}
+    fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    stops: set[int] = set()
+    for source in (_read_optional(folder / "generation_config.json"), _read_optional(folder / "config.json")):
+        ids = source.get("eos_token_id")
+        stops |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    stops |= {fast.token_to_id(special["eos_token"])} if "eos_token" in special else set()
+    template = _chat_template(folder, config)
+    if not template or not stops - {None}:
+        lacks = "chat template" if not template else "end-of-text token"
+        raise InputError(f"{folder}: no {lacks} in tokenizer_config.json; use an instruction-tuned (chat) model")
+    return {"template": template, "special": special, "stop_tokens": sorted(stops - {None})}
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template", "")
+    if isinstance(template, list):
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), "")
+    return str(template)
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return content
+
+
+def _token_text(token: str | Mapping[str, str]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)

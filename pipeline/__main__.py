@@ -1,0 +1,141 @@
+"""The pipeline's command line: python -m pipeline run | list | explain | status."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from model.errors import InputError
+from pipeline.configs import CONFIGS, named_config, with_settings
+from pipeline.progress import say
+from pipeline.stage import ROOT, Build, Outcome
+from pipeline.stages import table
+
+DONE, GATE_FAILED, BAD_INPUT, CRASHED = 0, 1, 2, 3
+
+EPILOG = """examples:
+  python -m pipeline run                                   everything, on the embedded model
+  python -m pipeline run quantize --set quantize.scheme=int4-channel
+  python -m pipeline run --config llama31-8b               Llama 3.1 8B, with HF_TOKEN set
+  python -m pipeline explain build_cache                   what changed since it last ran
+
+exit codes: 0 done, 1 a gate failed, 2 bad input, 3 a defect of the pipeline itself"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; see `EPILOG`."""
+    options = _parser().parse_args(arguments)
+    try:
+        config = with_settings(named_config(options.config), options.settings)
+        folder = Path(options.build) if options.build else ROOT / "build" / options.config
+        return int(options.command(Build(folder.resolve(), table(config)), options))
+    except InputError as fault:
+        say(f"error: {fault}")
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        say("stopped; finished stages are kept, run again to go on")
+        return 130
+    except Exception:
+        traceback.print_exc()
+        say("this is a defect of the pipeline, not of your input; please report it with the lines above")
+        return CRASHED
+
+
+def run(build: Build, options: argparse.Namespace) -> int:
+    """Brings stages up to date and prints what each did."""
+    outcomes = []
+    for outcome in build.run(options.stages, force=options.force):
+        outcomes.append(outcome)
+        if outcome.state != "unchanged":
+            say(f"  {outcome.state} in {outcome.seconds:.1f} s")
+    _print_outcomes(outcomes)
+    for check in outcomes[-1].failed:
+        say(f"gate {outcomes[-1].stage} failed: {check}")
+    return GATE_FAILED if outcomes[-1].failed else DONE
+
+
+def list_stages(build: Build, _options: argparse.Namespace) -> int:
+    """Prints every stage with what it reads and writes."""
+    rows = Table("stage", "what it does", "reads", "writes", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for stage in build.stages:
+        reads, writes = (*stage.sources, *stage.inputs), stage.outputs
+        rows.add_row(stage.name, stage.purpose, "\n".join(map(str, reads)), "\n".join(map(str, writes)))
+    Console().print(rows)
+    return DONE
+
+
+def explain(build: Build, options: argparse.Namespace) -> int:
+    """Prints why a stage would run, and every reason."""
+    reasons = build.reasons(build.stage(options.stage))
+    print(f"{options.stage} would run:" if reasons else f"{options.stage} is up to date")
+    for reason in reasons:
+        print(f"  {reason}")
+    return DONE
+
+
+def status(build: Build, _options: argparse.Namespace) -> int:
+    """Prints where every stage stands."""
+    rows = Table("stage", "state", "seconds", "checks", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for stage in build.stages:
+        receipt, reasons = build.receipt(stage), build.reasons(stage)
+        seconds = f"{receipt['seconds']:.1f}" if receipt else ""
+        checks = f"{sum(1 for check in receipt['checks'])}" if receipt else ""
+        rows.add_row(stage.name, "up to date" if not reasons else f"to run: {reasons[0]}", seconds, checks)
+    Console().print(rows)
+    return DONE
+
+
+def _print_outcomes(outcomes: Sequence[Outcome]) -> None:
+    rows = Table("stage", "state", "seconds", "verdict", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for outcome in outcomes:
+        verdict = "\n".join(f"{'pass' if check.passed else 'FAIL'}  {check}" for check in outcome.checks)
+        rows.add_row(outcome.stage, outcome.state, f"{outcome.seconds:.1f}", verdict)
+    Console(stderr=True, highlight=False).print(rows)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline",
+        description="Builds the chatbot: fetch, quantize, export, cache, gates, report. A stage runs only when "
+        "something it depends on has changed.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--config", default="embedded", metavar="NAME", help=f"one of {', '.join(CONFIGS)} (default: embedded)"
+    )
+    common.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="STAGE.FIELD=VALUE",
+        help="change one field; repeatable",
+    )
+    common.add_argument("--build", metavar="FOLDER", help="where to build (default: build/NAME)")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command, name, what in (
+        (run, "run", "bring stages up to date"),
+        (list_stages, "list", "print the stages, what they read and write"),
+        (explain, "explain", "say why a stage would run"),
+        (status, "status", "say where every stage stands"),
+    ):
+        chosen = commands.add_parser(name, parents=[common], help=what, description=command.__doc__)
+        chosen.set_defaults(command=command)
+        if command is run:
+            chosen.add_argument(
+                "stages", nargs="*", metavar="STAGE", help="only these and what they need (default: all)"
+            )
+            chosen.add_argument("--force", action="store_true", help="run them even if nothing changed")
+        if command is explain:
+            chosen.add_argument("stage", metavar="STAGE")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

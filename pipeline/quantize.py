@@ -1,0 +1,57 @@
+"""Quantizes the float model to int4, one tensor at a time, and reports the error of every tensor."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.artifact import write_json, write_manifest
+from model.checkpoint import SafetensorsCheckpoint, read_json
+from model.errors import InputError
+from model.quantization import pack_nibbles, quantization_error, quantize
+from model.recipe import Recipe
+from model.networks import EMBEDDING, HEAD, source_of
+from model.shards import write_shards
+from pipeline.progress import track
+
+
+def run(config: Recipe, checkpoint_folder: Path, int4: Path, report: Path) -> None:
+    """Writes the portable int4 folder (kind "int4") and the report of errors."""
+    checkpoint = SafetensorsCheckpoint(checkpoint_folder)
+    int4.mkdir()
+    errors: dict[str, dict[str, float]] = {}
+    write_shards(_quantized(checkpoint, config, errors), int4)
+    for name in ("tokenizer.json", "chat.json"):
+        shutil.copyfile(checkpoint_folder / name, int4 / name)
+    source = read_json(checkpoint_folder / "source.json")
+    stored = sum(path.stat().st_size for path in int4.glob("*.safetensors"))
+    weights = sum(torch.Size(shape).numel() for shape in checkpoint.architecture.tensor_shapes().values())
+    facts = {**source, "recipe": vars(config), "bits_per_weight": round(8 * stored / weights, 4)}
+    write_manifest(int4, "int4", facts)
+    write_json(report, {"recipe": vars(config), "bits_per_weight": facts["bits_per_weight"], "tensors": errors})
+
+
+def _quantized(
+    checkpoint: SafetensorsCheckpoint, recipe: Recipe, errors: dict[str, dict[str, float]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The stream of stored tensors; fills `errors` on the way."""
+    arch = checkpoint.architecture
+    names = [*arch.tensor_shapes(), *([HEAD] if arch.tied_head else [])]
+    for name in track(names, "quantizing"):
+        weight = checkpoint.tensor(source_of(name, arch))
+        bits = {EMBEDDING: recipe.embedding_bits, HEAD: recipe.head_bits}.get(name, 4)
+        if weight.dim() == 1 or bits == 16:
+            yield name, _finite(name, weight)
+            continue
+        quantized = quantize(name, weight, bits, recipe.group(weight.shape[1]), recipe.search_steps)
+        errors[name] = quantization_error(weight, quantized)._asdict()
+        yield f"{name}.values", pack_nibbles(quantized.values) if bits == 4 else quantized.values
+        yield f"{name}.scales", quantized.scales
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"tensor {name}: holds NaN or infinite values; fetch the model again")
+    return tensor

@@ -1,0 +1,356 @@
+"""A stage, the fingerprint that decides whether it must run, and the receipt that says it did.
+
+A stage named `quantize` is the function `run` in `pipeline/quantize.py`. It gets its configuration and the paths of
+its sources, inputs and outputs, and opens nothing else. Its fingerprint is everything its outputs depend on, as a
+flat mapping so that two fingerprints can be compared line by line: every configuration field, the SHA-256 of every
+source and input, of every first-party file that the stage's module imports (found in its syntax tree), the versions
+of the packages those files import, and the CPU family.
+
+Outputs are written beside their place and renamed into it; the receipt is written last, atomically. So a run killed
+anywhere leaves either a receipt whose outputs are whole or none at all, and the next run resumes there.
+"""
+
+import ast
+import fcntl
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from model.artifact import file_digest, files_below, write_json
+from model.cpu import family
+from model.errors import InputError
+from pipeline.progress import say
+from pipeline.verdict import Check
+
+ROOT = Path(__file__).resolve().parent.parent
+FIRST_PARTY = ("model", "serving", "pipeline")
+BY_VALUE = ROOT / "pipeline/configs.py"
+"""Not part of the code digest: configurations are data, and enter a fingerprint field by field."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step: a module of that name, what it reads and what it writes."""
+
+    name: str
+    config: Any
+    sources: tuple[Path, ...] = ()
+    """Files and folders of the user's, which no stage writes."""
+    inputs: tuple[Path, ...] = ()
+    """What earlier stages write, relative to the build folder."""
+    outputs: tuple[Path, ...]
+    """What this stage writes, relative to the build folder."""
+
+    @property
+    def module_file(self) -> Path:
+        return ROOT / "pipeline" / f"{self.name}.py"
+
+    @property
+    def purpose(self) -> str:
+        """The first line of the module's docstring."""
+        return (ast.get_docstring(ast.parse(self.module_file.read_text(encoding="utf-8"))) or "").splitlines()[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one stage in a run."""
+
+    stage: str
+    state: str
+    """"ran", "unchanged" or "failed"."""
+    seconds: float
+    checks: tuple[Check, ...]
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if not check.passed)
+
+
+def check_table(stages: Sequence[Stage]) -> None:
+    """Rejects a table in which an input is written by no earlier stage, or an output by two."""
+    written: dict[Path, str] = {}
+    for stage in stages:
+        for path in stage.inputs:
+            if path not in written:
+                raise InputError(
+                    f"stage {stage.name}: input {path} is written by no earlier stage; fix pipeline/stages.py"
+                )
+        for path in stage.outputs:
+            if path in written:
+                raise InputError(f"stages {written[path]} and {stage.name} both write {path}; fix pipeline/stages.py")
+            written[path] = stage.name
+
+
+class Build:
+    """A build folder: artifacts, receipts, and the stages that make them."""
+
+    def __init__(self, folder: Path, stages: Sequence[Stage]) -> None:
+        check_table(stages)
+        self.folder = folder
+        self.stages = stages
+        self._receipts = folder / ".receipts"
+        self._digests = DigestMemo(self._receipts / "digests.json")
+
+    def stage(self, name: str) -> Stage:
+        found = {stage.name: stage for stage in self.stages}
+        if name not in found:
+            raise InputError(f"no stage {name!r}; the stages are {', '.join(found)}")
+        return found[name]
+
+    def needed_for(self, names: Sequence[str]) -> list[Stage]:
+        """The named stages and every stage they depend on, in table order; all stages if none is named."""
+        wanted = {self.stage(name).name for name in names} or {stage.name for stage in self.stages}
+        for stage in reversed(self.stages):
+            if stage.name in wanted:
+                wanted |= {other.name for other in self.stages if set(other.outputs) & set(stage.inputs)}
+        return [stage for stage in self.stages if stage.name in wanted]
+
+    def run(self, names: Sequence[str] = (), *, force: bool = False) -> Iterator[Outcome]:
+        """Brings stages up to date in order, yielding each outcome; stops after one that failed."""
+        forced = set(names or [stage.name for stage in self.stages]) if force else set()
+        with self._lock():
+            for stage in self.needed_for(names):
+                reasons = ["forced"] if stage.name in forced else self.reasons(stage)
+                outcome = self._execute(stage, reasons) if reasons else self._unchanged(stage)
+                yield outcome
+                if outcome.failed:
+                    return
+
+    def reasons(self, stage: Stage) -> list[str]:
+        """Why a stage must run, a line each; empty when its receipt stands."""
+        receipt = self.receipt(stage)
+        if receipt is None:
+            return ["it has not run yet"]
+        reasons = describe_changes(receipt["fingerprint"], self.fingerprint(stage))
+        for path in stage.outputs:
+            if self._digest(self.folder / path) != receipt["outputs"].get(str(path)):
+                reasons.append(f"output {path} is missing or not what this stage wrote")
+        if not receipt["passed"]:
+            reasons.append("its gate failed last time")
+        return reasons
+
+    def receipt(self, stage: Stage) -> dict[str, Any] | None:
+        """The receipt of the stage's last complete run; None if there is none that can be read."""
+        try:
+            receipt: dict[str, Any] = json.loads(self._receipt_path(stage).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+            return None
+        return receipt if receipt.keys() >= {"fingerprint", "outputs", "passed", "seconds", "checks"} else None
+
+    def fingerprint(self, stage: Stage) -> dict[str, str]:
+        """Everything the stage's outputs depend on, by name."""
+        config = {
+            f"configuration {stage.name}.{field.name}": getattr(stage.config, field.name)
+            for field in fields(stage.config)
+        }
+        fingerprint = {name: json.dumps(value) for name, value in config.items()}
+        for path in stage.sources:
+            fingerprint |= {f"source {name}": digest for name, digest in self._source_digests(path).items()}
+        for path in stage.inputs:
+            fingerprint[f"input {path}"] = self._digest(self.folder / path) or "not built yet"
+        code, packages = imports_of(stage.module_file)
+        fingerprint |= {f"code {file.relative_to(ROOT)}": self._digests.of(file) for file in code}
+        fingerprint |= {f"package {name}": version for name, version in package_versions(packages).items()}
+        return fingerprint | {"cpu family": family()}
+
+    def _execute(self, stage: Stage, reasons: Sequence[str]) -> Outcome:
+        say(f"{stage.name}: {stage.purpose}")
+        say(f"  because {'; '.join(reasons[:3])}{f' (and {len(reasons) - 3} more)' if len(reasons) > 3 else ''}")
+        partial = self._fresh_partial(stage)
+        fingerprint = self.fingerprint(stage)
+        paths = [ROOT / path for path in stage.sources] + [self.folder / path for path in stage.inputs]
+        start = time.monotonic()
+        with _disk_faults(self.folder):
+            run = importlib.import_module(f"pipeline.{stage.name}").run
+            checks: tuple[Check, ...] = tuple(
+                run(stage.config, *paths, *(partial / path for path in stage.outputs)) or ()
+            )
+            seconds = time.monotonic() - start
+            self._publish(stage, partial)
+            outputs = {str(path): self._digest(self.folder / path) for path in stage.outputs}
+            passed = all(check.passed for check in checks)
+            rows = [vars(check) for check in checks]
+            receipt = {
+                "passed": passed,
+                "seconds": seconds,
+                "checks": rows,
+                "outputs": outputs,
+                "fingerprint": fingerprint,
+            }
+            write_json(self._receipt_path(stage), receipt)
+            self._digests.save()
+        return Outcome(stage=stage.name, state="ran" if passed else "failed", seconds=seconds, checks=checks)
+
+    def _unchanged(self, stage: Stage) -> Outcome:
+        receipt = self.receipt(stage)
+        assert receipt is not None, "a stage without a receipt has a reason to run"
+        checks = tuple(Check(**row) for row in receipt["checks"])
+        return Outcome(stage=stage.name, state="unchanged", seconds=receipt["seconds"], checks=checks)
+
+    def _fresh_partial(self, stage: Stage) -> Path:
+        """An empty place for the outputs; from here on the old receipt no longer counts."""
+        self._receipt_path(stage).unlink(missing_ok=True)
+        partial = self.folder / ".partial" / stage.name
+        shutil.rmtree(partial, ignore_errors=True)
+        for path in stage.outputs:
+            (partial / path).parent.mkdir(parents=True, exist_ok=True)
+        return partial
+
+    def _publish(self, stage: Stage, partial: Path) -> None:
+        for path in stage.outputs:
+            written, place = partial / path, self.folder / path
+            assert written.exists(), f"stage {stage.name} did not write {path}"
+            _sync(written)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+            os.replace(written, place)
+        shutil.rmtree(partial)
+
+    def _receipt_path(self, stage: Stage) -> Path:
+        return self._receipts / f"{stage.name}.json"
+
+    def _source_digests(self, path: Path) -> dict[str, str]:
+        place = ROOT / path
+        if place.is_file():
+            return {str(path): self._digests.of(place)}
+        if not place.is_dir():
+            raise InputError(f"{path}: no such file or folder; check the configuration's paths")
+        return {str(path / name): self._digests.of(place / name) for name in files_below(place)}
+
+    def _digest(self, place: Path) -> str | None:
+        """One digest of a file or of a whole folder; None if it does not exist."""
+        if place.is_file():
+            return self._digests.of(place)
+        if not place.is_dir():
+            return None
+        lines = [f"{self._digests.of(place / name)}  {name}" for name in files_below(place)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """One run at a time in a build folder."""
+        with _disk_faults(self.folder):
+            self._receipts.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise InputError(
+                    f"{self.folder}: another run (process {lock.read().strip() or 'unknown'}) is at work here; "
+                    "wait for it or stop it"
+                ) from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+
+
+class DigestMemo:
+    """SHA-256 by file, remembered while the file's size, modification time and inode stay the same."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._known: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+            self._known = {}
+
+    def of(self, path: Path) -> str:
+        stat = path.stat()
+        identity = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        known = self._known.get(str(path))
+        if known is None or known[:3] != identity:
+            known = self._known[str(path)] = [*identity, file_digest(path)]
+        return str(known[3])
+
+    def save(self) -> None:
+        write_json(self._path, {path: known for path, known in self._known.items() if Path(path).exists()})
+
+
+def describe_changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """What differs between two fingerprints, a line each."""
+    changes = []
+    for name in [*before, *(name for name in after if name not in before)]:
+        old, new = before.get(name), after.get(name)
+        if old == new:
+            continue
+        shown = name.startswith(("configuration", "package", "cpu")) and old is not None and new is not None
+        verb = "is new" if old is None else "is gone" if new is None else "changed"
+        changes.append(f"{name} was {old}, is {new}" if shown else f"{name} {verb}")
+    return changes
+
+
+def imports_of(module_file: Path) -> tuple[list[Path], set[str]]:
+    """First-party files and top-level third-party modules that a module imports, directly or through others."""
+    code: set[Path] = set()
+    packages: set[str] = set()
+    pending = [module_file]
+    while pending:
+        file = pending.pop()
+        if file in code or file == BY_VALUE:
+            continue
+        code.add(file)
+        for name in _imported_names(file):
+            top = name.partition(".")[0]
+            if top in FIRST_PARTY:
+                pending += [found for found in _module_files(name) if found.exists()]
+            elif top not in sys.stdlib_module_names:
+                packages.add(top)
+    return sorted(code), packages
+
+
+def package_versions(modules: set[str]) -> dict[str, str]:
+    """Installed versions of the distributions that provide these top-level modules."""
+    providers = importlib.metadata.packages_distributions()
+    names = {name for module in modules for name in providers.get(module, [])}
+    return {name: importlib.metadata.version(name) for name in sorted(names)}
+
+
+def _imported_names(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _module_files(name: str) -> list[Path]:
+    path = ROOT / name.replace(".", "/")
+    return [path.with_suffix(".py")]
+
+
+def _sync(path: Path) -> None:
+    """Forces a file, or every file of a folder, to the disk before a receipt vouches for it."""
+    for file in [path] if path.is_file() else [path / name for name in files_below(path)]:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+
+
+@contextmanager
+def _disk_faults(folder: Path) -> Iterator[None]:
+    """Turns a full disk, however a library reports it, into one clear error."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as fault:
+        here = next(path for path in [folder, *folder.parents] if path.exists())
+        free = shutil.disk_usage(here).free
+        if "No space left" in str(fault) or free < 1 << 20:
+            raise InputError(
+                f"no space left on the disk of {here} ({free >> 20} MiB free): free some and run again; "
+                "finished stages are kept"
+            ) from fault
+        raise

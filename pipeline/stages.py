@@ -1,0 +1,84 @@
+"""The whole data flow as one table: every stage, what it reads and what it writes."""
+
+from pathlib import Path
+
+from pipeline.configs import Config
+from pipeline.stage import Stage
+
+CHECKPOINT = Path("checkpoint")
+INT4 = Path("int4")
+ENGINE = Path("engine")
+EMBEDDER = Path("embedder")
+CACHE = Path("cache")
+QUANTIZATION = Path("reports/quantization.json")
+CACHE_REPORT = Path("reports/cache.json")
+QUALITY = Path("reports/quality.json")
+LATENCY = Path("reports/latency.json")
+SAVINGS = Path("reports/savings.json")
+SUMMARY = Path("reports/summary.md")
+
+ENTRIES = Path("cache_data/entries")
+VALIDATION = Path("cache_data/validation")
+PERSONA = Path("cache_data/persona.yaml")
+SCHEMA = Path("cache_data/schema")
+GATE_TEXT = Path("pipeline/texts/gate.txt")
+
+
+def table(config: Config) -> tuple[Stage, ...]:
+    """The stages of a configuration, in the order in which they run."""
+    return (
+        Stage(name="fetch", config=config.fetch, sources=_folder_of(config.fetch.source), outputs=(CHECKPOINT,)),
+        Stage(name="quantize", config=config.quantize, inputs=(CHECKPOINT,), outputs=(INT4, QUANTIZATION)),
+        Stage(name="export", config=config.export, inputs=(INT4,), outputs=(ENGINE,)),
+        Stage(
+            name="export_embedder",
+            config=config.export_embedder,
+            sources=_folder_of(config.export_embedder.source),
+            outputs=(EMBEDDER,),
+        ),
+        Stage(
+            name="build_cache",
+            config=config.build_cache,
+            sources=(ENTRIES, PERSONA, SCHEMA),
+            inputs=(EMBEDDER,),
+            outputs=(CACHE,),
+        ),
+        Stage(
+            name="gate_cache",
+            config=config.gate_cache,
+            sources=(VALIDATION, SCHEMA),
+            inputs=(EMBEDDER, CACHE),
+            outputs=(CACHE_REPORT,),
+        ),
+        Stage(
+            name="gate_quality",
+            config=config.gate_quality,
+            sources=(GATE_TEXT,),
+            inputs=(CHECKPOINT, INT4),
+            outputs=(QUALITY,),
+        ),
+        Stage(
+            name="gate_latency",
+            config=config.gate_latency,
+            sources=(GATE_TEXT,),
+            inputs=(CHECKPOINT, ENGINE),
+            outputs=(LATENCY,),
+        ),
+        Stage(
+            name="savings",
+            config=config.savings,
+            inputs=(EMBEDDER, CACHE, ENGINE, CACHE_REPORT),
+            outputs=(SAVINGS,),
+        ),
+        Stage(
+            name="report",
+            config=config.report,
+            inputs=(INT4, QUANTIZATION, CACHE, CACHE_REPORT, QUALITY, LATENCY, SAVINGS),
+            outputs=(SUMMARY,),
+        ),
+    )
+
+
+def _folder_of(source: str) -> tuple[Path, ...]:
+    """A folder source is the user's and may change; packages and hubs are pinned by the configuration itself."""
+    return (Path(source.removeprefix("folder:")).expanduser(),) if source.startswith("folder:") else ()
