@@ -64,6 +64,15 @@ class Engine:
             )
         return self._reply(list(prompt), sampling)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that decoding one token reads: all but the embedding table."""
+        return self._model.bytes_per_token
+
+    def forget(self) -> None:
+        """Drops the cached sequence, so that the next prompt is computed from its first token."""
+        self._cached = []
+
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
         """Logits [V] of the token that follows `tokens`, computing only what the cache does not hold."""
         self.reused_tokens = self._shared_prefix(tokens)

@@ -114,6 +114,7 @@ class Model(Protocol):
 
     architecture: Architecture
     dtype: torch.dtype
+    bytes_per_token: int
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Embeddings [T, D]."""
@@ -134,6 +135,7 @@ class Network:
         self.architecture = architecture
         self.dtype = embedding.dtype
         self._embedding, self._layers, self._norm, self._head = embedding, layers, norm, head
+        self.bytes_per_token = sum(tensor.nbytes for tensor in _tensors([*layers, norm, head]))
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         return self._embedding[tokens_T]
@@ -155,3 +157,10 @@ def sequence_logits(model: Network, tokens_T: Tensor) -> Tensor:
         cache = KVCache(*torch.zeros(2, T, arch.kv_heads, arch.head_dim, dtype=model.dtype))
         x_TD = model.layer(index, x_TD, rotary_T2H, positions_T, cache)
     return model.head(x_TD)
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    """All tensors of nested weights."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [tensor for part in tree for tensor in _tensors(part)] if isinstance(tree, (list, tuple)) else []

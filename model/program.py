@@ -105,12 +105,13 @@ class CompiledModel:
 
     def __init__(self, folder: Path) -> None:
         self.manifest = read_manifest(folder, "engine")
-        _check_origin(self.manifest, folder)
+        check_origin(self.manifest, folder, "export")
         self.architecture = Architecture.from_dict(self.manifest["architecture"])
         tensors = read_shards(folder)
         self._embedding = weight_named("embedding", tensors)
         self._norm, self._head = tensors["norm"], _fields(weight_named("head", tensors))
         self._layers = [_layer_arguments(tensors, layer) for layer in range(self.architecture.layers)]
+        self.bytes_per_token = sum(tensor.nbytes for layer in (*self._layers, self._head) for tensor in layer)
         self._decode, self._prefill, self._run_head = (load_program(folder / f"{name}.pt2") for name in PROGRAMS)
 
     def embed(self, tokens_T: Tensor) -> Tensor:
@@ -192,15 +193,14 @@ def _require_compiler() -> None:
         raise InputError(f"no C++ compiler {compiler!r}: install g++ (Debian, Ubuntu: apt-get install g++), or set CXX")
 
 
-def _check_origin(manifest: dict[str, Any], folder: Path) -> None:
+def check_origin(manifest: dict[str, Any], folder: Path, stage: str) -> None:
     """Native code runs on the CPU family and the torch it was compiled for, and nowhere else."""
-    torch_here = torch.__version__.split("+")[0]
-    if manifest["torch"] != torch_here:
-        raise InputError(
-            f"{folder}: compiled with torch {manifest['torch']}, this is torch {torch_here}: "
-            'run "python -m pipeline run export"'
-        )
-    if not runs(manifest["cpu"]):
-        raise InputError(
-            f'{folder}: compiled for {manifest["cpu"]}, this CPU is {family()}: run "python -m pipeline run export"'
-        )
+    here = {"torch": torch_version(), "cpu": family()}
+    if manifest["torch"] != here["torch"] or not runs(manifest["cpu"]):
+        made, found = (f"torch {facts['torch']} on {facts['cpu']}" for facts in (manifest, here))
+        raise InputError(f'{folder}: compiled for {made}, this is {found}: run "python -m pipeline run {stage}"')
+
+
+def torch_version() -> str:
+    """The installed torch, without the build's suffix."""
+    return str(torch.__version__).partition("+")[0]

@@ -1,6 +1,8 @@
 """The pipeline's command line: python -m pipeline run | list | explain | status."""
 
 import argparse
+import logging
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -29,6 +31,8 @@ exit codes: 0 done, 1 a gate failed, 2 bad input, 3 a defect of the pipeline its
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; see `EPILOG`."""
     options = _parser().parse_args(arguments)
+    for noisy in ("torchao", "torch.utils._pytree"):  # about GPU kernels and deprecations that do not concern a build
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         config = with_settings(named_config(options.config), options.settings)
         folder = Path(options.build) if options.build else ROOT / "build" / options.config
@@ -54,7 +58,7 @@ def run(build: Build, options: argparse.Namespace) -> int:
             say(f"  {outcome.state} in {outcome.seconds:.1f} s")
     _print_outcomes(outcomes)
     for check in outcomes[-1].failed:
-        say(f"gate {outcomes[-1].stage} failed: {check}")
+        say(f"gate {outcomes[-1].stage} failed: {check}; see {build.folder / build.stage(outcomes[-1].stage).outputs[0]}")
     return GATE_FAILED if outcomes[-1].failed else DONE
 
 
@@ -64,7 +68,7 @@ def list_stages(build: Build, _options: argparse.Namespace) -> int:
     for stage in build.stages:
         reads, writes = (*stage.sources, *stage.inputs), stage.outputs
         rows.add_row(stage.name, stage.purpose, "\n".join(map(str, reads)), "\n".join(map(str, writes)))
-    Console().print(rows)
+    Console(width=_width()).print(rows)
     return DONE
 
 
@@ -85,7 +89,7 @@ def status(build: Build, _options: argparse.Namespace) -> int:
         seconds = f"{receipt['seconds']:.1f}" if receipt else ""
         checks = f"{sum(1 for check in receipt['checks'])}" if receipt else ""
         rows.add_row(stage.name, "up to date" if not reasons else f"to run: {reasons[0]}", seconds, checks)
-    Console().print(rows)
+    Console(width=_width()).print(rows)
     return DONE
 
 
@@ -94,7 +98,12 @@ def _print_outcomes(outcomes: Sequence[Outcome]) -> None:
     for outcome in outcomes:
         verdict = "\n".join(f"{'pass' if check.passed else 'FAIL'}  {check}" for check in outcome.checks)
         rows.add_row(outcome.stage, outcome.state, f"{outcome.seconds:.1f}", verdict)
-    Console(stderr=True, highlight=False).print(rows)
+    Console(stderr=True, highlight=False, width=_width()).print(rows)
+
+
+def _width() -> int:
+    """The terminal's width; wide enough for a log line elsewhere."""
+    return shutil.get_terminal_size((140, 24)).columns
 
 
 def _parser() -> argparse.ArgumentParser:

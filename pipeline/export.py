@@ -4,14 +4,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from model.artifact import manifest_digest, write_manifest
 from model.cpu import family
 from model.errors import InputError
 from model.networks import Int4Folder, packed_tensors
-from model.program import compile_programs
+from model.program import compile_programs, torch_version
 from model.shards import read_shards, write_shards
 from pipeline.configs import ExportConfig
 from pipeline.progress import say, track
@@ -23,7 +22,8 @@ def run(config: ExportConfig, int4: Path, engine: Path) -> None:
     arch = folder.architecture
     if config.context_tokens > arch.context:
         raise InputError(
-            f"export.context_tokens = {config.context_tokens}: this model was trained for {arch.context}; set it to that or less"
+            f"export.context_tokens = {config.context_tokens}: this model was trained for {arch.context}; "
+            "set it to that or less"
         )
     engine.mkdir()
 
@@ -41,7 +41,7 @@ def run(config: ExportConfig, int4: Path, engine: Path) -> None:
         "context": config.context_tokens,
         "packing": "split-halves",
         "cpu": family(),
-        "torch": torch.__version__.split("+")[0],
+        "torch": torch_version(),
         "int4_manifest": manifest_digest(int4),
     }
     write_manifest(engine, "engine", facts)

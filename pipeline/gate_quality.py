@@ -1,0 +1,95 @@
+"""Judges the int4 weights: how far their predictions are from the bf16 reference's, on text neither was fitted to.
+
+Both networks read the same windows of text. The quantized one is computed with per-token int8 activations, the
+numerics of KleidiAI's kernels, so that a verdict on any machine is a verdict on Arm. Per token: KL divergence of the
+reference's distribution to the quantized one's (nats), whether the likeliest token agrees, and both log-likelihoods,
+from which perplexity follows. Tokens of a window are not independent, so the bootstrap draws whole windows.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.artifact import manifest_digest
+from model.checkpoint import SafetensorsCheckpoint
+from model.errors import InputError
+from model.llama import sequence_logits
+from model.networks import Int4Folder, float_network, quantized_network
+from model.tokenizer import Tokenizer
+from pipeline.configs import GateQualityConfig
+from pipeline.progress import track
+from pipeline.statistics import bootstrap
+from pipeline.verdict import Check, write_report
+
+DOCUMENT_BREAK = "<|document|>"
+
+
+def run(config: GateQualityConfig, text: Path, checkpoint: Path, int4: Path, report: Path) -> list[Check]:
+    """Writes the report and returns the checks."""
+    windows = text_windows(text, Tokenizer.load(int4), config.window_tokens)[: config.windows_max]
+    if len(windows) < 2:
+        raise InputError(f"{text}: {len(windows)} windows of {config.window_tokens} tokens; give more text or less per window")
+    reference = float_network(SafetensorsCheckpoint(checkpoint), torch.float32)
+    quantized = quantized_network(Int4Folder(int4), int8_activations=True)
+    with torch.inference_mode():
+        compared = [
+            compare_logits(sequence_logits(reference, tokens), sequence_logits(quantized, tokens), tokens)
+            for tokens in track(windows, "comparing windows")
+        ]
+    per_window = torch.stack([tokens.mean(dim=0) for tokens in compared]).tolist()
+    kl = bootstrap(_mean_of(0), per_window, config.confidence)
+    top1 = bootstrap(_mean_of(1), per_window, config.confidence)
+    ratio = bootstrap(lambda mean: np.exp(mean[..., 3] - mean[..., 2]), per_window, config.confidence)
+    perplexity = bootstrap(lambda mean: np.exp(mean[..., 2]), per_window, config.confidence)
+    checks = [
+        Check(name="mean KL divergence, upper limit", value=kl.upper, limit=config.kl_mean_max, bound="at most"),
+        Check(name="same top-1, lower limit", value=top1.lower, limit=config.same_top1_min, bound="at least"),
+        Check(name="perplexity ratio, upper limit", value=ratio.upper, limit=config.perplexity_ratio_max, bound="at most"),
+    ]
+    divergences = torch.cat(compared)[:, 0]
+    write_report(
+        report,
+        "quality",
+        checks,
+        int4_manifest=manifest_digest(int4),
+        tokens=len(divergences),
+        windows=len(windows),
+        activations="int8 per token, emulated",
+        kl_mean_nats=kl.rounded(),
+        kl_p999_nats=round(float(divergences.quantile(0.999)), 4),
+        same_top1=top1.rounded(),
+        perplexity_reference=perplexity.rounded(4),
+        perplexity_ratio=ratio.rounded(),
+    )
+    return checks
+
+
+def text_windows(text: Path, tokenizer: Tokenizer, window: int) -> list[Tensor]:
+    """Full windows of token ids, each within one document of the text, longest use of it first come first."""
+    documents = text.read_text(encoding="utf-8").split(DOCUMENT_BREAK)
+    pieces = [piece for part in documents for piece in torch.tensor(tokenizer.encode(part.strip())).split(window)]
+    return [piece for piece in pieces if len(piece) == window]
+
+
+def compare_logits(reference_TV: Tensor, quantized_TV: Tensor, tokens_T: Tensor) -> Tensor:
+    """[T-1, 4] in float64: KL divergence, top-1 agreement, and both models' negative log-likelihood of the next token."""
+    p = reference_TV[:-1].double().log_softmax(dim=-1)
+    q = quantized_TV[:-1].double().log_softmax(dim=-1)
+    next_T1 = tokens_T[1:, None]
+    kl = (p.exp() * (p - q)).sum(dim=-1)
+    agree = (p.argmax(dim=-1) == q.argmax(dim=-1)).double()
+    return torch.stack([kl, agree, -p.gather(1, next_T1)[:, 0], -q.gather(1, next_T1)[:, 0]], dim=1)
+
+
+class _mean_of:
+    """The statistic that is one measurement's mean."""
+
+    def __init__(self, column: int) -> None:
+        self._column = column
+
+    def __call__(self, mean: NDArray[np.float64]) -> NDArray[np.float64]:
+        column: NDArray[np.float64] = mean[..., self._column]
+        return column

@@ -1,0 +1,113 @@
+"""Writes the summary of a build: verdicts first, then the figures, as Markdown that reads well as a job summary."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from model.artifact import read_manifest
+from pipeline.configs import ReportConfig
+
+Report = dict[str, Any]
+
+
+def run(
+    _config: ReportConfig,
+    int4: Path,
+    quantization: Path,
+    cache: Path,
+    cache_report: Path,
+    quality: Path,
+    latency: Path,
+    savings: Path,
+    summary: Path,
+) -> None:
+    """Writes summary.md from the other stages' reports."""
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in (cache_report, quality, latency)]
+    model, content = read_manifest(int4, "int4"), read_manifest(cache, "cache")
+    errors = json.loads(quantization.read_text(encoding="utf-8"))["tensors"]
+    parts = [
+        _heading(model, content, read),
+        _verdicts(read),
+        _quality(read[1], errors),
+        _speed(read[2]),
+        _cache(read[0]),
+        _savings(json.loads(savings.read_text(encoding="utf-8"))),
+    ]
+    summary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _heading(model: Report, cache: Report, reports: list[Report]) -> str:
+    verdict = "all gates passed" if all(report["passed"] for report in reports) else "a gate failed"
+    recipe = model["recipe"]
+    return (
+        f"# Emerald: {verdict}\n\n"
+        f"**{model['model_id']}** ({model['licence']}), {recipe['scheme']}, embedding {recipe['embedding_bits']} bits, "
+        f"head {recipe['head_bits']} bits: {model['bits_per_weight']:.2f} bits per weight. "
+        f"**{cache['entries']} ready answers** in {cache['phrasings']} phrasings."
+    )
+
+
+def _verdicts(reports: list[Report]) -> str:
+    rows = [
+        f"| {'✅' if check['passed'] else '❌'} | {report['gate']} | {check['name']} | {check['value']:.4g} "
+        f"| {check['bound']} {check['limit']:.4g} |"
+        for report in reports
+        for check in report["checks"]
+    ]
+    return "\n".join(["| | gate | check | measured | limit |", "|---|---|---|---:|---:|", *rows])
+
+
+def _quality(quality: Report, errors: Report) -> str:
+    kl, top1, ratio = quality["kl_mean_nats"], quality["same_top1"], quality["perplexity_ratio"]
+    sqnr = [error["sqnr_db"] for error in errors.values()]
+    worst = min(errors, key=lambda name: float(errors[name]["sqnr_db"]))
+    return (
+        f"## Quality\n\nAgainst the bf16 reference on {quality['tokens']} held-out tokens (95 % intervals): mean KL divergence "
+        f"{kl['value']:.4f} nats ({kl['lower']:.4f} to {kl['upper']:.4f}), same top-1 {top1['value']:.1%} "
+        f"({top1['lower']:.1%} to {top1['upper']:.1%}), perplexity x {ratio['value']:.3f} ({ratio['lower']:.3f} to "
+        f"{ratio['upper']:.3f}). Weights: {statistics.median(sqnr):.1f} dB signal to noise in the median tensor, "
+        f"{min(sqnr):.1f} dB in the worst (`{worst}`)."
+    )
+
+
+def _speed(latency: Report) -> str:
+    ours, plain, ceiling = latency["decode_tokens_per_s"], latency["unquantized"], latency["ceiling"]
+    speedup = latency["decode_speedup"]
+    top = max(ceiling["decode_tokens_per_s"], ours)
+    chart = (
+        "```mermaid\nxychart-beta\n"
+        '    title "Decoding, tokens per second"\n'
+        '    x-axis ["unquantized", "this engine", "memory limit"]\n'
+        f"    y-axis 0 --> {top:.0f}\n"
+        f"    bar [{plain['decode_tokens_per_s']:.1f}, {ours:.1f}, {ceiling['decode_tokens_per_s']:.1f}]\n```"
+    )
+    return (
+        f"## Speed\n\n{ours:.1f} tokens/s on {latency['threads']} threads, {speedup['value']:.2f} times the unquantized model "
+        f"({speedup['lower']:.2f} to {speedup['upper']:.2f}); first token of a {latency['prompt_tokens']}-token prompt after "
+        f"{1e3 * latency['ttft_s']['value']:.0f} ms. Each token reads {ceiling['bytes_per_token'] / 1e6:.0f} MB of weights; "
+        f"at the measured {ceiling['read_bandwidth_gb_s']:.1f} GB/s that allows {ceiling['decode_tokens_per_s']:.0f} tokens/s, "
+        f"of which {ceiling['reached']:.0%} is reached.\n\n{chart}"
+    )
+
+
+def _cache(cache: Report) -> str:
+    rows = [f"| {name} | {row['n']} | {row['answered']} | {row['false']} |" for name, row in cache["strata"].items()]
+    recall, hits = cache["recall"], cache["served_hits"]
+    table = "\n".join(["| questions | asked | answered | wrongly |", "|---|---:|---:|---:|", *rows])
+    return (
+        f"## Cache\n\nOf unseen phrasings {recall['value']:.1%} are answered rightly (at least {recall['lower']:.1%} with 95 % "
+        f"confidence). Over all validation questions, traps included, {hits['false']} of {hits['n']} served answers were wrong. "
+        f"The semantic tier is not certified yet.\n\n<details><summary>By kind of question</summary>\n\n{table}\n\n</details>"
+    )
+
+
+def _savings(savings: Report) -> str:
+    rows = [f"| {row['hit_rate']:.0%} | {row['saved_share']:.1%} |" for row in savings["by_hit_rate"]]
+    table = "\n".join(["| hit rate | CPU time saved |", "|---:|---:|", *rows])
+    even = savings["break_even_hit_rate"]
+    return (
+        f"## Savings\n\nA search costs {1e3 * savings['search_cpu_s']:.0f} ms of CPU time, a reply of "
+        f"{savings['reply_tokens_assumed']} tokens {savings['reply_cpu_s']:.1f} s. The cache pays from a hit rate of "
+        f"{'never' if even is None else format(even, '.1%')}.\n\n{table}"
+    )

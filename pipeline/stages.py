@@ -20,6 +20,7 @@ SUMMARY = Path("reports/summary.md")
 ENTRIES = Path("cache_data/entries")
 VALIDATION = Path("cache_data/validation")
 PERSONA = Path("cache_data/persona.yaml")
+PROLOGUE = Path("cache_data/prologue.yaml")
 SCHEMA = Path("cache_data/schema")
 GATE_TEXT = Path("pipeline/texts/gate.txt")
 
@@ -39,7 +40,7 @@ def table(config: Config) -> tuple[Stage, ...]:
         Stage(
             name="build_cache",
             config=config.build_cache,
-            sources=(ENTRIES, PERSONA, SCHEMA),
+            sources=(ENTRIES, PERSONA, PROLOGUE, SCHEMA),
             inputs=(EMBEDDER,),
             outputs=(CACHE,),
         ),

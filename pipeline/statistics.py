@@ -1,0 +1,52 @@
+"""Intervals: exact ones for shares, bootstrap ones for means and ratios of means."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import beta
+
+RESAMPLES = 4000
+SEED = 20260101
+"""Fixed, so that a report is reproducible from the same measurements."""
+
+
+class Interval(NamedTuple):
+    """A point estimate with its two-sided confidence limits."""
+
+    value: float
+    lower: float
+    upper: float
+
+    def rounded(self, digits: int = 6) -> dict[str, float]:
+        """For a report."""
+        return {name: round(float(value), digits) for name, value in self._asdict().items()}
+
+
+def share_upper(k: int, n: int, confidence: float) -> float:
+    """One-sided Clopper-Pearson upper limit of a share seen as k of n; 1 when nothing was seen."""
+    return 1.0 if k >= n else float(beta.ppf(confidence, k + 1, n - k))
+
+
+def share_lower(k: int, n: int, confidence: float) -> float:
+    """One-sided Clopper-Pearson lower limit of a share seen as k of n; 0 when nothing was seen."""
+    return 0.0 if k == 0 else float(beta.ppf(1 - confidence, k, n - k + 1))
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    blocks: Sequence[Sequence[float]],
+    confidence: float,
+) -> Interval:
+    """Percentile bootstrap over independent blocks (Efron 1979).
+
+    `blocks` [B, M]: M measurements for each of B blocks. `statistic` maps mean measurements [..., M] to [...], so that
+    a ratio is a ratio of means.
+    """
+    data = np.asarray(blocks, dtype=np.float64)
+    picks = np.random.default_rng(SEED).integers(0, len(data), size=(RESAMPLES, len(data)))
+    resampled = statistic(data[picks].mean(axis=1))
+    tail = (1 - confidence) / 2
+    lower, upper = np.quantile(resampled, [tail, 1 - tail])
+    return Interval(float(statistic(data.mean(axis=0))), float(lower), float(upper))

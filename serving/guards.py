@@ -1,0 +1,154 @@
+"""What an embedding cannot see: a small word that turns a question into another one.
+
+MiniLM puts "What are you capable of?" and "What are you not capable of?" at cosine 0.87, and "Who built the Emerald
+City?" and "Who destroyed the Emerald City?" at 0.88, while many right paraphrases lie far below. A guard looks for one
+such turn and lets a question pass only if the intent's own phrasings make the same turn. Guards only ever reject, and
+every rejection has a reason.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+
+NEGATION = re.compile(
+    r"\b(not|no|never|none|nobody|nothing|nowhere|neither|nor|without|cannot|unable|fail(?:s|ed)? to|refuse[sd]? to"
+    r"|(?:is|are|was|were|do|does|did|ca|could|wo|would|should|have|has|had|ai|must)n['’]?t)\b"
+)
+HYPOTHETICAL = re.compile(
+    r"\b(what if|if only|suppos(?:e|ing)|imagine|imagining|pretend|had (?:not |never )?\w+ed|would have|could have"
+    r"|might have|would \w+ (?:still )?(?:be|have)|if (?:i|you|we|he|she|they|it|there|the|dorothy|a|an|nobody|someone))\b"
+)
+COMPARISON = re.compile(r"\b(than|versus|vs|compared|difference|differs?|different|rather|as \w+ as|or)\b")
+CONTINUATION = re.compile(r"^(and|so|but|or|also|then|what about|how about|why not|what else|really|ok|okay|yes|no)\b")
+REFERENCE = re.compile(
+    r"\b(he|she|it|they|him|her|them|his|hers|its|their|theirs|this|these|those|then|ones|else|again|instead|too"
+    r"|over there|the (?:last|other|former|latter|same)(?: one)?|the others|you said|you mentioned|before|earlier)\b"
+)
+SEVERAL = re.compile(
+    r"\?.*\w.*\?|[.!;]\s*\w+.*\?.*\w|[?]\s*\w{2,}"
+    r"|(?:,\s*|\b)(?:and|also|plus|or)\s+(?:also\s+)?(?:who|what|where|when|why|how|which|is|are|was|were|do|does|did"
+    r"|can|could|will|would|should|tell|show|write|give|explain|sing|solve|recommend|translate|list|name)\b"
+)
+KINDS = {
+    "why": re.compile(r"\b(why|how come|what for|reasons?|because|purpose|what makes|what made)\b"),
+    "when": re.compile(r"\b(when|what time|what year|what day|how long|how old|how soon|how often|since)\b"),
+    "where": re.compile(r"\b(where|what place|which place|whereabouts|located|location|find)\b"),
+    "who": re.compile(r"\b(who|whose|whom|which person)\b"),
+    "how many": re.compile(r"\b(how many|how much|number of|count|cost|price)\b"),
+}
+NUMBERS = frozenset(
+    "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million third fourth fifth".split()
+)
+PREAMBLE = re.compile(
+    r"\b(?:(?:i|i['’]d|we) (?:would |really )?(?:want|like|love|wish) to (?:know|hear|learn|ask|understand|see)"
+    r"|(?:can|could|would|will) you (?:please |kindly )?(?:tell|explain|describe)|please|tell me|do you know"
+    r"|i wonder|i['’]m curious|just curious)\b"
+)
+FUNCTION_WORDS = frozenset(
+    "a an the of to in on at by for with from into onto over under about up down out off as is are was were be been "
+    "being am do does did done have has had having can could will would shall should may might must i me my mine myself "
+    "you your yours yourself we us our ours he him his she her hers it its they them their theirs this that these those "
+    "who whom whose what which when where why how there here and or but if so than then too very just also only any "
+    "some all both each every one more most much many no not never i'm i’m i'd i’d i've i’ve it's it’s what's what’s "
+    "who's who’s how's how’s where's where’s that's that’s tell explain describe know exactly really actually".split()
+)
+ENDINGS = ("ations", "ation", "ings", "ing", "ers", "est", "ies", "ied", "ful", "ed", "es", "er", "ly", "s", "e", "y")
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What the guards know of an intent, in lower case: its phrasings, and its content words."""
+
+    phrasings: tuple[str, ...]
+    content: frozenset[str]
+
+    @classmethod
+    def of(cls, phrasings: Sequence[str], answer: str) -> "Intent":
+        lowered = tuple(phrasing.casefold() for phrasing in phrasings)
+        return cls(lowered, content_stems(" ".join([*lowered, answer])))
+
+
+Guard = Callable[[str, Intent], str | None]
+"""Takes a question in lower case and an intent; returns the reason to reject, or None."""
+
+
+def negation(question: str, intent: Intent) -> str | None:
+    return _turn(NEGATION, "negated", question, intent)
+
+
+def hypothetical(question: str, intent: Intent) -> str | None:
+    return _turn(HYPOTHETICAL, "hypothetical", question, intent)
+
+
+def comparison(question: str, intent: Intent) -> str | None:
+    return _turn(COMPARISON, "a comparison or an alternative", question, intent)
+
+
+def several_questions(question: str, intent: Intent) -> str | None:
+    return _turn(SEVERAL, "more than one question", question, intent)
+
+
+def question_kind(question: str, intent: Intent) -> str | None:
+    """A why, when, where, who or how-many question needs a phrasing of that kind."""
+    for kind, pattern in KINDS.items():
+        if pattern.search(question) and not any(pattern.search(phrasing) for phrasing in intent.phrasings):
+            return f"it asks {kind}, and no phrasing of this answer does"
+    return None
+
+
+def conversation(question: str, intent: Intent) -> str | None:
+    """Words that point to something said before, unless the intent's own phrasings use the same word."""
+    if CONTINUATION.search(question) and not any(CONTINUATION.search(phrasing) for phrasing in intent.phrasings):
+        return "it continues an earlier message"
+    known = {word for phrasing in intent.phrasings for word in REFERENCE.findall(phrasing)}
+    unknown = sorted(set(REFERENCE.findall(question)) - known)
+    return f"it refers to something said before ({unknown[0]!r})" if unknown else None
+
+
+def numbers(question: str, intent: Intent) -> str | None:
+    """A number in the question must be in a phrasing; that the answer mentions it does not make it asked for."""
+    known = {word for phrasing in intent.phrasings for word in WORD.findall(phrasing)}
+    unknown = [word for word in WORD.findall(question) if (word.isdigit() or word in NUMBERS) and word not in known]
+    return f"it asks about another number ({unknown[0]!r})" if unknown else None
+
+
+def subject(question: str, intent: Intent) -> str | None:
+    """Every content word (names, places, things, verbs) must be one that the intent's texts use."""
+    unknown = sorted(content_stems(question) - intent.content)
+    return f"it speaks of {unknown[0]!r}, and this answer does not" if unknown else None
+
+
+GUARDS: dict[str, Guard] = {
+    "negation": negation,
+    "numbers": numbers,
+    "question kind": question_kind,
+    "several questions": several_questions,
+    "hypothetical": hypothetical,
+    "comparison": comparison,
+    "conversation": conversation,
+    "subject": subject,
+}
+
+
+def content_stems(text: str) -> frozenset[str]:
+    """The words of a text that carry its subject, cut to rough stems."""
+    words = WORD.findall(PREAMBLE.sub(" ", text.casefold()))
+    return frozenset(_stem(word) for word in words if word not in FUNCTION_WORDS)
+
+
+def _stem(word: str) -> str:
+    word = re.sub(r"['’]s?$", "", word)
+    for ending in ENDINGS:
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            return word.removesuffix(ending).rstrip("i")
+    return word
+
+
+def _turn(pattern: re.Pattern[str], what: str, question: str, intent: Intent) -> str | None:
+    found = pattern.search(question)
+    if found and not any(pattern.search(phrasing) for phrasing in intent.phrasings):
+        return f"it is {what} ({found.group(0)!r}), and this answer's phrasings are not"
+    return None
