@@ -58,7 +58,9 @@ def run(build: Build, options: argparse.Namespace) -> int:
             say(f"  {outcome.state} in {outcome.seconds:.1f} s")
     _print_outcomes(outcomes)
     for check in outcomes[-1].failed:
-        say(f"gate {outcomes[-1].stage} failed: {check}; see {build.folder / build.stage(outcomes[-1].stage).outputs[0]}")
+        say(
+            f"gate {outcomes[-1].stage} failed: {check}; see {build.folder / build.stage(outcomes[-1].stage).outputs[0]}"
+        )
     return GATE_FAILED if outcomes[-1].failed else DONE
 
 

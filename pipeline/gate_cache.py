@@ -36,9 +36,13 @@ def run(
         name: [pair for pair in decided if pair[0].stratum.startswith(name)]
         for name in ("paraphrase", "near_misses", "out_of_domain")
     }
-    right = sum(isinstance(answer, Hit) and answer.entry == question.intent for question, answer in groups["paraphrase"])
+    right = sum(
+        isinstance(answer, Hit) and answer.entry == question.intent for question, answer in groups["paraphrase"]
+    )
     checks = [
-        Check(name="self-retrieval", value=found / len(cache.phrasings), limit=config.self_retrieval_min, bound="at least"),
+        Check(
+            name="self-retrieval", value=found / len(cache.phrasings), limit=config.self_retrieval_min, bound="at least"
+        ),
         Check(name="conflicting phrasings", value=len(conflicts), limit=config.conflicts_max, bound="at most"),
         Check(name="recall", value=right / len(groups["paraphrase"]), limit=config.recall_min, bound="at least"),
     ]
@@ -68,7 +72,11 @@ def _self_retrieval(cache: Cache, embedder: Embedder) -> tuple[int, list[dict[st
 
 
 def _false_hits(decided: Sequence[Decided]) -> list[Decided]:
-    return [(question, answer) for question, answer in decided if isinstance(answer, Hit) and answer.entry != question.intent]
+    return [
+        (question, answer)
+        for question, answer in decided
+        if isinstance(answer, Hit) and answer.entry != question.intent
+    ]
 
 
 def _details(
@@ -93,11 +101,20 @@ def _details(
             "value": round(right / len(paraphrases), 4),
             "lower": round(share_lower(right, len(paraphrases), config.confidence), 4),
         },
-        "strata": {name: {"n": n, "answered": answered[name], "false": false[name]} for name, n in sorted(asked.items())},
-        "reasons": dict(Counter(answer.reason.split(" (")[0] for _, answer in decided if isinstance(answer, Miss)).most_common(12)),
+        "strata": {
+            name: {"n": n, "answered": answered[name], "false": false[name]} for name, n in sorted(asked.items())
+        },
+        "reasons": dict(
+            Counter(answer.reason.split(" (")[0] for _, answer in decided if isinstance(answer, Miss)).most_common(12)
+        ),
         "conflicts": conflicts[:SHOWN],
         "false_hits": [
-            {"question": question.question, "stratum": question.stratum, "expected": question.intent, "answered_by": answer.entry}
+            {
+                "question": question.question,
+                "stratum": question.stratum,
+                "expected": question.intent,
+                "answered_by": answer.entry,
+            }
             for question, answer in wrong[:SHOWN]
             if isinstance(answer, Hit)
         ],

@@ -47,12 +47,16 @@ def run(config: GateLatencyConfig, text: Path, checkpoint: Path, engine_folder: 
     ttft, tpot, plain_ttft, plain_tpot = (interval(column) for column in range(4))
     speedup, ttft_ratio = interval(3, 1), interval(0, 2)
     checks = [
-        Check(name="decode speedup, lower limit", value=speedup.lower, limit=config.decode_speedup_min, bound="at least"),
+        Check(
+            name="decode speedup, lower limit", value=speedup.lower, limit=config.decode_speedup_min, bound="at least"
+        ),
         Check(name="TTFT ratio, upper limit", value=ttft_ratio.upper, limit=config.ttft_ratio_max, bound="at most"),
     ]
     for name, seconds, limit in (("TTFT", ttft, config.ttft_ms_max), ("TPOT", tpot, config.tpot_ms_max)):
         if limit is not None:
-            checks.append(Check(name=f"{name} ms, upper limit", value=1e3 * seconds.upper, limit=limit, bound="at most"))
+            checks.append(
+                Check(name=f"{name} ms, upper limit", value=1e3 * seconds.upper, limit=limit, bound="at most")
+            )
     bytes_per_token, bandwidth = engine.bytes_per_token, read_bandwidth()
     write_report(
         report,

@@ -31,7 +31,9 @@ def run(config: GateQualityConfig, text: Path, checkpoint: Path, int4: Path, rep
     """Writes the report and returns the checks."""
     windows = text_windows(text, Tokenizer.load(int4), config.window_tokens)[: config.windows_max]
     if len(windows) < 2:
-        raise InputError(f"{text}: {len(windows)} windows of {config.window_tokens} tokens; give more text or less per window")
+        raise InputError(
+            f"{text}: {len(windows)} windows of {config.window_tokens} tokens; give more text or less per window"
+        )
     reference = float_network(SafetensorsCheckpoint(checkpoint), torch.float32)
     quantized = quantized_network(Int4Folder(int4), int8_activations=True)
     with torch.inference_mode():
@@ -47,7 +49,9 @@ def run(config: GateQualityConfig, text: Path, checkpoint: Path, int4: Path, rep
     checks = [
         Check(name="mean KL divergence, upper limit", value=kl.upper, limit=config.kl_mean_max, bound="at most"),
         Check(name="same top-1, lower limit", value=top1.lower, limit=config.same_top1_min, bound="at least"),
-        Check(name="perplexity ratio, upper limit", value=ratio.upper, limit=config.perplexity_ratio_max, bound="at most"),
+        Check(
+            name="perplexity ratio, upper limit", value=ratio.upper, limit=config.perplexity_ratio_max, bound="at most"
+        ),
     ]
     divergences = torch.cat(compared)[:, 0]
     write_report(

@@ -24,7 +24,12 @@ TOKENS = 48
 
 
 def run(
-    config: SavingsConfig, embedder_folder: Path, cache_folder: Path, engine_folder: Path, cache_report: Path, report: Path
+    config: SavingsConfig,
+    embedder_folder: Path,
+    cache_folder: Path,
+    engine_folder: Path,
+    cache_report: Path,
+    report: Path,
 ) -> None:
     """Writes the savings report."""
     cache = Cache(cache_folder, Embedder(embedder_folder))
@@ -64,7 +69,9 @@ def _reply_costs(engine: Engine, cache: Cache) -> tuple[float, float]:
     persona = {"role": "system", "content": cache.persona["system_prompt"]}
     tokens = engine.tokenizer.encode_chat([persona, {"role": "user", "content": "I greet the guard."}])
     engine.next_logits(tokens)
-    tokens = engine.tokenizer.encode_chat([persona, {"role": "user", "content": "I walk through the gates and look up."}])
+    tokens = engine.tokenizer.encode_chat(
+        [persona, {"role": "user", "content": "I walk through the gates and look up."}]
+    )
     start = time.process_time()
     tokens.append(int(engine.next_logits(tokens).argmax()))
     first = time.process_time()

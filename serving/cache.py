@@ -113,4 +113,3 @@ class Cache:
         entry, phrasing = self.phrasings[row]
         answer = self.entries[entry]["answer"]
         return Hit(entry=entry, answer=answer, tier=tier, similarity=similarity, phrasing=phrasing)
-
