@@ -7,7 +7,6 @@ before anything is computed from it.
 
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ def write_json(path: Path, content: object) -> None:
     """Writes JSON with a stable layout, in one atomic step."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def write_manifest(folder: Path, kind: str, facts: dict[str, Any]) -> None:
@@ -58,12 +57,13 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     found = (manifest.get("kind"), manifest.get("format"))
     if found != (kind, FORMAT_VERSION):
         raise InputError(
-            f"{folder}: holds kind {found[0]!r} in format {found[1]!r}, expected {kind!r} in format {FORMAT_VERSION}: {REMEDY}"
+            f"{folder}: holds kind {found[0]!r} in format {found[1]!r}, expected {kind!r} in format {FORMAT_VERSION}: "
+            f"{REMEDY}"
         )
     with ThreadPoolExecutor() as pool:
         faults = list(pool.map(lambda entry: _fault(folder / entry[0], entry[1]), manifest["files"].items()))
-    for fault in filter(None, faults):
-        raise InputError(f"{fault}: {REMEDY}")
+    for found_fault in filter(None, faults):
+        raise InputError(f"{found_fault}: {REMEDY}")
     return manifest
 
 

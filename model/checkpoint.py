@@ -50,7 +50,7 @@ class SafetensorsCheckpoint:
         else:
             names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not names:
-            pickles = sorted(path.name for path in self.folder.glob("*.bin")) or sorted(self.folder.glob("*.pth"))
+            pickles = sorted(path.name for pattern in ("*.bin", "*.pth") for path in self.folder.glob(pattern))
             also = f" ({pickles[0]} is a pickle, which is never read)" if pickles else ""
             raise InputError(f"{self.folder}: no safetensors file{also}; download the model's safetensors files")
         for name in names:
@@ -199,7 +199,8 @@ def _tensor_names(path: Path) -> list[str]:
 
 def _interleaved_to_halves(weight_OI: Tensor, heads: int) -> Tensor:
     """llama.cpp stores rotary pairs (0, 1), (2, 3)…; Hugging Face stores (0, H/2), (1, H/2 + 1)…"""
-    return weight_OI.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    halves: Tensor = weight_OI.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return halves
 
 
 def _shortest_float(value: float) -> float:

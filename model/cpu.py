@@ -1,5 +1,6 @@
 """Which CPU this is, as far as compiled programs and packed weights care."""
 
+import os
 import platform
 from pathlib import Path
 
@@ -34,3 +35,8 @@ def runs(compiled_for: str) -> bool:
     if here.startswith("x86-64") and compiled_for.startswith("x86-64"):
         return compiled_for <= here
     return compiled_for.split("+")[0] == here.split("+")[0] and set(compiled_for.split("+")) <= set(here.split("+"))
+
+
+def available_cores() -> int:
+    """How many cores this process may run on, which is often fewer than the machine has."""
+    return len(os.sched_getaffinity(0))

@@ -7,6 +7,7 @@ conversation so far) is only prefilled from where it differs.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,7 @@ class Engine:
     """Runs one model; not thread-safe, one generation at a time."""
 
     def __init__(self, model: Model, tokenizer: Tokenizer, context: int) -> None:
+        self.model_id = "unnamed"
         self.tokenizer = tokenizer
         self.context = context
         self.reused_tokens = 0
@@ -52,7 +54,9 @@ class Engine:
     def load(cls, folder: Path) -> "Engine":
         """Opens an exported engine folder (kind "engine"): verified, memory-mapped, nothing compiled."""
         model = CompiledModel(folder)
-        return cls(model, Tokenizer.load(folder), model.manifest["context"])
+        engine = cls(model, Tokenizer.load(folder), model.manifest["context"])
+        engine.model_id = model.manifest["model_id"]
+        return engine
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Piece]:
         """Yields the reply piece by piece as it is generated. Raises InputError if the prompt leaves no room."""
@@ -115,12 +119,8 @@ class Engine:
 
     def _shared_prefix(self, tokens: Sequence[int]) -> int:
         """How many leading tokens the cache already holds; the last token is always computed, for its logits."""
-        shared = 0
-        for cached, token in zip(self._cached, tokens[:-1]):
-            if cached != token:
-                break
-            shared += 1
-        return shared
+        pairs = zip(self._cached, tokens[:-1], strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class StopGate:

@@ -51,7 +51,8 @@ def _scaled_frequencies(frequencies: Tensor, architecture: Architecture) -> Tens
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     x = x_TD.float()
-    return (x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)).to(x_TD.dtype) * weight_D.to(x_TD.dtype)
+    normed_TD: Tensor = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+    return normed_TD.to(x_TD.dtype) * weight_D.to(x_TD.dtype)
 
 
 def rotate(x_TNH: Tensor, rotary_T2H: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from model.int4_linear import Dense, Int4, Weight, dequantize, weight_named
 from model.llama import KVCache, LayerWeights, decoder_layer, output_head
 from model.shards import read_shards
 
+Program = Callable[[Sequence[Tensor]], list[Tensor]]
 PROGRAMS = ("decode", "prefill", "head")
 PREFILL_TOKENS = 512
 """Most tokens that one call of `prefill` takes; longer prompts go through in pieces."""
@@ -87,15 +88,13 @@ def compile_module(module: torch.nn.Module, arguments: tuple[Tensor, ...], shape
     _compile(module, arguments, shapes, path)
 
 
-def load_program(path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+def load_program(path: Path) -> Program:
     """The callable of a .pt2 file: flat list of tensors in, list of tensors out.
 
     Calls AOTInductor's loader directly: its Python wrapper imports the compiler, which costs seconds at start.
     """
-    run: Callable[[Sequence[Tensor]], list[Tensor]] = torch._C._aoti.AOTIModelPackageLoader(
-        str(path), "model", False, 1, -1
-    ).run
-    return run
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    return cast("Program", loader.run)
 
 
 class CompiledModel:
@@ -140,12 +139,15 @@ def _layer_arguments(tensors: dict[str, Tensor], layer: int) -> list[Tensor]:
 
 def _unflatten(arguments: Sequence[Tensor]) -> LayerWeights:
     """The inverse of `_layer_arguments`; every matrix of a decoder layer is int4."""
-    remaining = iter(arguments)
+    attention_norm, qkv, qkv_scales, output, output_scales, mlp_norm, *mlp = arguments
+    gate_up, gate_up_scales, down, down_scales = mlp
     return LayerWeights(
-        *(
-            next(remaining) if field.endswith("norm") else Int4(next(remaining), next(remaining))
-            for field in LayerWeights._fields
-        )
+        attention_norm,
+        Int4(qkv, qkv_scales),
+        Int4(output, output_scales),
+        mlp_norm,
+        Int4(gate_up, gate_up_scales),
+        Int4(down, down_scales),
     )
 
 

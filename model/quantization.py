@@ -35,9 +35,10 @@ class Quantized(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, I] these values stand for."""
-        return dequantize_affine(
+        weight: Tensor = dequantize_affine(
             self.values, (1, self.group), self.scales.float(), None, torch.int8, output_dtype=dtype
         )
+        return weight
 
 
 class QuantizationError(NamedTuple):
@@ -112,7 +113,7 @@ def quantization_error(weight_OI: Tensor, quantized: Quantized) -> QuantizationE
 
 def pack_nibbles(values_OI: Tensor) -> Tensor:
     """int4 values to the portable form on disk: bytes [O, I/2] of value + 8, element 2i in the low nibble."""
-    nibbles = (values_OI + 8).to(torch.uint8).unflatten(1, (-1, 2))
+    nibbles: Tensor = (values_OI + 8).to(torch.uint8).unflatten(1, (-1, 2))
     return (nibbles[..., 0] | (nibbles[..., 1] << 4)).contiguous()
 
 
@@ -122,7 +123,7 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 def _int8_scales(weight_OI: Tensor, group: int) -> Tensor:
-    scales, _ = choose_qparams_affine(weight_OI, MappingType.SYMMETRIC, (1, group), torch.int8, -128, 127)
+    scales: Tensor = choose_qparams_affine(weight_OI, MappingType.SYMMETRIC, (1, group), torch.int8, -128, 127)[0]
     return scales.view(weight_OI.shape[0], -1)
 
 

@@ -91,16 +91,17 @@ def chat_settings(folder: Path) -> dict[str, Any]:
     config = _read_optional(folder / "tokenizer_config.json")
     special = {name: _token_text(config[name]) for name in ("bos_token", "eos_token") if config.get(name)}
     fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
-    stops: set[int] = set()
+    stops: set[int | None] = set()
     for source in (_read_optional(folder / "generation_config.json"), _read_optional(folder / "config.json")):
         ids = source.get("eos_token_id")
         stops |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
     stops |= {fast.token_to_id(special["eos_token"])} if "eos_token" in special else set()
     template = _chat_template(folder, config)
-    if not template or not stops - {None}:
+    known_stops = sorted(stop for stop in stops if stop is not None)
+    if not template or not known_stops:
         lacks = "chat template" if not template else "end-of-text token"
         raise InputError(f"{folder}: no {lacks} in tokenizer_config.json; use an instruction-tuned (chat) model")
-    return {"template": template, "special": special, "stop_tokens": sorted(stops - {None})}
+    return {"template": template, "special": special, "stop_tokens": known_stops}
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:

@@ -61,7 +61,10 @@ def run(build: Build, options: argparse.Namespace) -> int:
         say(
             f"gate {outcomes[-1].stage} failed: {check}; see {build.folder / build.stage(outcomes[-1].stage).outputs[0]}"
         )
-    return GATE_FAILED if outcomes[-1].failed else DONE
+    if outcomes[-1].failed:
+        say(f"see {build.folder / build.stage(outcomes[-1].stage).outputs[0]}; no later stage ran")
+        return GATE_FAILED
+    return DONE
 
 
 def list_stages(build: Build, _options: argparse.Namespace) -> int:

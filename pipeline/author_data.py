@@ -28,7 +28,7 @@ class Document:
     lines: dict[Place, int]
 
     def at(self, *place: str | int) -> str:
-        """ "file:line" of a part, or of the nearest part that encloses it."""
+        """Gives "file:line" of a part, or of the nearest part that encloses it."""
         while place and place not in self.lines:
             place = place[:-1]
         return f"{self.file}:{self.lines.get(place, 1)}"
@@ -69,10 +69,10 @@ def read_document(file: Path, schema: Path) -> Document:
         raise InputError(f"{file}: broken YAML: {fault}") from fault
     lines: dict[Place, int] = {}
     document = Document(file, None if node is None else _plain(node, file, (), lines), lines)
-    fault = jsonschema.exceptions.best_match(_validator(schema).iter_errors(document.content))
-    if fault is not None:
-        place = tuple(fault.absolute_path)
-        raise InputError(f"{document.at(*place)}: {_in_words(fault)}; see cache_data/README.md")
+    mismatch = jsonschema.exceptions.best_match(_validator(schema).iter_errors(document.content))
+    if mismatch is not None:
+        place = document.at(*mismatch.absolute_path)
+        raise InputError(f"{place}: {_in_words(mismatch)}; see cache_data/README.md")
     return document
 
 
@@ -156,7 +156,7 @@ def _validator(schema: Path) -> jsonschema.Draft202012Validator:
 def _in_words(fault: jsonschema.ValidationError) -> str:
     """jsonschema's message, shortened where it would quote a whole document."""
     if fault.validator == "minItems":
-        return f"{len(fault.instance)} given, at least {fault.validator_value} expected"
+        return f"{len(list(fault.instance))} given, at least {fault.validator_value} expected"
     if fault.validator == "type":
         kinds = {"array": "a list", "object": "a mapping", "string": "text"}
         return f"expected {kinds.get(str(fault.validator_value), fault.validator_value)}"

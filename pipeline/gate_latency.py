@@ -6,7 +6,6 @@ memory: a decoded token reads every weight once, so bytes per token over measure
 take.
 """
 
-import os
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 
 from model.artifact import manifest_digest
 from model.checkpoint import SafetensorsCheckpoint
+from model.cpu import available_cores
 from model.engine import Engine
 from model.networks import float_network
 from model.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ from pipeline.verdict import Check, write_report
 
 def run(config: GateLatencyConfig, text: Path, checkpoint: Path, engine_folder: Path, report: Path) -> list[Check]:
     """Writes the report and returns the checks."""
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.threads or available_cores())
     engine = Engine.load(engine_folder)
     network = float_network(SafetensorsCheckpoint(checkpoint), torch.bfloat16)
     unquantized = Engine(network, Tokenizer.load(engine_folder), engine.context)

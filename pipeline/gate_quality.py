@@ -79,7 +79,7 @@ def text_windows(text: Path, tokenizer: Tokenizer, window: int) -> list[Tensor]:
 
 
 def compare_logits(reference_TV: Tensor, quantized_TV: Tensor, tokens_T: Tensor) -> Tensor:
-    """[T-1, 4] in float64: KL divergence, top-1 agreement, and both models' negative log-likelihood of the next token."""
+    """[T-1, 4] in float64: KL divergence, top-1 agreement, both models' negative log-likelihood of the next token."""
     p = reference_TV[:-1].double().log_softmax(dim=-1)
     q = quantized_TV[:-1].double().log_softmax(dim=-1)
     next_T1 = tokens_T[1:, None]

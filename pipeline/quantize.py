@@ -10,9 +10,9 @@ from torch import Tensor
 from model.artifact import write_json, write_manifest
 from model.checkpoint import SafetensorsCheckpoint, read_json
 from model.errors import InputError
+from model.networks import EMBEDDING, HEAD, source_of
 from model.quantization import pack_nibbles, quantization_error, quantize
 from model.recipe import Recipe
-from model.networks import EMBEDDING, HEAD, source_of
 from model.shards import write_shards
 from pipeline.progress import track
 

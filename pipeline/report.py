@@ -63,8 +63,8 @@ def _quality(quality: Report, errors: Report) -> str:
     sqnr = [error["sqnr_db"] for error in errors.values()]
     worst = min(errors, key=lambda name: float(errors[name]["sqnr_db"]))
     return (
-        f"## Quality\n\nAgainst the bf16 reference on {quality['tokens']} held-out tokens (95 % intervals): mean KL divergence "
-        f"{kl['value']:.4f} nats ({kl['lower']:.4f} to {kl['upper']:.4f}), same top-1 {top1['value']:.1%} "
+        f"## Quality\n\nAgainst the bf16 reference on {quality['tokens']} held-out tokens (95 % intervals): mean KL "
+        f"divergence {kl['value']:.4f} nats ({kl['lower']:.4f} to {kl['upper']:.4f}), same top-1 {top1['value']:.1%} "
         f"({top1['lower']:.1%} to {top1['upper']:.1%}), perplexity x {ratio['value']:.3f} ({ratio['lower']:.3f} to "
         f"{ratio['upper']:.3f}). Weights: {statistics.median(sqnr):.1f} dB signal to noise in the median tensor, "
         f"{min(sqnr):.1f} dB in the worst (`{worst}`)."
@@ -83,11 +83,11 @@ def _speed(latency: Report) -> str:
         f"    bar [{plain['decode_tokens_per_s']:.1f}, {ours:.1f}, {ceiling['decode_tokens_per_s']:.1f}]\n```"
     )
     return (
-        f"## Speed\n\n{ours:.1f} tokens/s on {latency['threads']} threads, {speedup['value']:.2f} times the unquantized model "
-        f"({speedup['lower']:.2f} to {speedup['upper']:.2f}); first token of a {latency['prompt_tokens']}-token prompt after "
-        f"{1e3 * latency['ttft_s']['value']:.0f} ms. Each token reads {ceiling['bytes_per_token'] / 1e6:.0f} MB of weights; "
-        f"at the measured {ceiling['read_bandwidth_gb_s']:.1f} GB/s that allows {ceiling['decode_tokens_per_s']:.0f} tokens/s, "
-        f"of which {ceiling['reached']:.0%} is reached.\n\n{chart}"
+        f"## Speed\n\n{ours:.1f} tokens/s on {latency['threads']} threads, {speedup['value']:.2f} times the "
+        f"unquantized model ({speedup['lower']:.2f} to {speedup['upper']:.2f}); first token of a {latency['prompt_tokens']}-token prompt "
+        f"after {1e3 * latency['ttft_s']['value']:.0f} ms. Each token reads {ceiling['bytes_per_token'] / 1e6:.0f} MB of "
+        f"weights; at the measured {ceiling['read_bandwidth_gb_s']:.1f} GB/s that allows "
+        f"{ceiling['decode_tokens_per_s']:.0f} tokens/s, of which {ceiling['reached']:.0%} is reached.\n\n{chart}"
     )
 
 
@@ -96,9 +96,10 @@ def _cache(cache: Report) -> str:
     recall, hits = cache["recall"], cache["served_hits"]
     table = "\n".join(["| questions | asked | answered | wrongly |", "|---|---:|---:|---:|", *rows])
     return (
-        f"## Cache\n\nOf unseen phrasings {recall['value']:.1%} are answered rightly (at least {recall['lower']:.1%} with 95 % "
-        f"confidence). Over all validation questions, traps included, {hits['false']} of {hits['n']} served answers were wrong. "
-        f"The semantic tier is not certified yet.\n\n<details><summary>By kind of question</summary>\n\n{table}\n\n</details>"
+        f"## Cache\n\nOf unseen phrasings {recall['value']:.1%} are answered rightly (at least {recall['lower']:.1%} with "
+        f"95 % confidence). Over all validation questions, traps included, {hits['false']} of {hits['n']} served answers "
+        f"were wrong. The semantic tier is not certified yet.\n\n<details><summary>By kind of question</summary>\n\n{table}"
+        "\n\n</details>"
     )
 
 

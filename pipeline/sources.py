@@ -124,8 +124,8 @@ def _on_hub(source: str, rest: str) -> Path:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, httpx2.TransportError) as fault:
         raise InputError(
             f"the hub at {constants.ENDPOINT} cannot be reached and {repository}@{revision} is not in the local cache "
-            f"({constants.HF_HUB_CACHE}): check the network and HF_HUB_OFFLINE, or download the model elsewhere and use "
-            "folder:PATH"
+            f"({constants.HF_HUB_CACHE}): check the network and HF_HUB_OFFLINE, or download the model elsewhere and "
+            "use folder:PATH"
         ) from fault
     except HfHubHTTPError as fault:
         raise InputError(f"the hub refused {repository}@{revision}: {fault}; try again later") from fault

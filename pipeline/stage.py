@@ -213,7 +213,7 @@ class Build:
             _sync(written)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
-            os.replace(written, place)
+            written.replace(place)
         shutil.rmtree(partial)
 
     def _receipt_path(self, stage: Stage) -> Path:

@@ -16,7 +16,7 @@ import faiss
 from model.artifact import manifest_digest, read_manifest
 from model.errors import InputError
 from serving.embedder import Embedder, Vector
-from serving.guards import GUARDS, Intent
+from serving.guards import GUARDS, Intent, lowered
 
 LONGEST_QUESTION = 500
 """Characters; a longer message is a story, not a common question."""
@@ -45,9 +45,8 @@ class Miss:
 
 def normalise(text: str) -> str:
     """The form in which two texts are exactly the same question: case, punctuation and spacing do not count."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    kept = "".join(letter if letter.isalnum() else " " for letter in folded.replace("'", "").replace("’", ""))
-    return " ".join(kept.split())
+    folded = lowered(unicodedata.normalize("NFKC", text)).replace("'", "")
+    return " ".join("".join(letter if letter.isalnum() else " " for letter in folded).split())
 
 
 class Cache:
@@ -97,7 +96,7 @@ class Cache:
         if similarity < self.policy["threshold"]:
             return Miss(reason="nothing is near enough", nearest=entry, similarity=similarity)
         for guard in GUARDS.values():
-            if reason := guard(question.casefold(), self._intents[entry]):
+            if reason := guard(lowered(question), self._intents[entry]):
                 return Miss(reason=reason, nearest=entry, similarity=similarity)
         rival = next((score for score, other in near if self.phrasings[other][0] != entry), -1.0)
         if similarity - rival < self.policy["margin"]:

@@ -10,15 +10,16 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 NEGATION = re.compile(
     r"\b(not|no|never|none|nobody|nothing|nowhere|neither|nor|without|cannot|unable|fail(?:s|ed)? to|refuse[sd]? to"
-    r"|(?:is|are|was|were|do|does|did|ca|could|wo|would|should|have|has|had|ai|must)n['’]?t)\b"
+    r"|(?:is|are|was|were|do|does|did|ca|could|wo|would|should|have|has|had|ai|must)n'?t)\b"
 )
 HYPOTHETICAL = re.compile(
     r"\b(what if|if only|suppos(?:e|ing)|imagine|imagining|pretend|had (?:not |never )?\w+ed|would have|could have"
-    r"|might have|would \w+ (?:still )?(?:be|have)|if (?:i|you|we|he|she|they|it|there|the|dorothy|a|an|nobody|someone))\b"
+    r"|might have|would \w+ (?:still )?(?:be|have)"
+    r"|if (?:i|you|we|he|she|they|it|there|the|dorothy|a|an|nobody|someone))\b"
 )
 COMPARISON = re.compile(r"\b(than|versus|vs|compared|difference|differs?|different|rather|as \w+ as|or)\b")
 CONTINUATION = re.compile(r"^(and|so|but|or|also|then|what about|how about|why not|what else|really|ok|okay|yes|no)\b")
@@ -39,21 +40,22 @@ KINDS = {
     "how many": re.compile(r"\b(how many|how much|number of|count|cost|price)\b"),
 }
 NUMBERS = frozenset(
-    "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-    "nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million third fourth fifth".split()
+    """two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
+    nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million third fourth
+    fifth""".split()
 )
 PREAMBLE = re.compile(
-    r"\b(?:(?:i|i['’]d|we) (?:would |really )?(?:want|like|love|wish) to (?:know|hear|learn|ask|understand|see)"
+    r"\b(?:(?:i|i'd|we) (?:would |really )?(?:want|like|love|wish) to (?:know|hear|learn|ask|understand|see)"
     r"|(?:can|could|would|will) you (?:please |kindly )?(?:tell|explain|describe)|please|tell me|do you know"
-    r"|i wonder|i['’]m curious|just curious)\b"
+    r"|i wonder|i'm curious|just curious)\b"
 )
 FUNCTION_WORDS = frozenset(
-    "a an the of to in on at by for with from into onto over under about up down out off as is are was were be been "
-    "being am do does did done have has had having can could will would shall should may might must i me my mine myself "
-    "you your yours yourself we us our ours he him his she her hers it its they them their theirs this that these those "
-    "who whom whose what which when where why how there here and or but if so than then too very just also only any "
-    "some all both each every one more most much many no not never i'm i’m i'd i’d i've i’ve it's it’s what's what’s "
-    "who's who’s how's how’s where's where’s that's that’s tell explain describe know exactly really actually".split()
+    """a an the of to in on at by for with from into onto over under about up down out off as is are was were be been
+    being am do does did done have has had having can could will would shall should may might must i me my mine myself
+    you your yours yourself we us our ours he him his she her hers it its they them their theirs this that these those
+    who whom whose what which when where why how there here and or but if so than then too very just also only any some
+    all both each every one more most much many no not never i'm i'd i've it's what's who's how's where's that's tell
+    explain describe know exactly really actually""".split()
 )
 ENDINGS = ("ations", "ation", "ings", "ing", "ers", "est", "ies", "ied", "ful", "ed", "es", "er", "ly", "s", "e", "y")
 
@@ -67,12 +69,12 @@ class Intent:
 
     @classmethod
     def of(cls, phrasings: Sequence[str], answer: str) -> "Intent":
-        lowered = tuple(phrasing.casefold() for phrasing in phrasings)
-        return cls(lowered, content_stems(" ".join([*lowered, answer])))
+        read = tuple(lowered(phrasing) for phrasing in phrasings)
+        return cls(read, frozenset(content_words(" ".join([*read, lowered(answer)]))))
 
 
 Guard = Callable[[str, Intent], str | None]
-"""Takes a question in lower case and an intent; returns the reason to reject, or None."""
+"""Takes a question as `lowered` gives it and an intent; returns the reason to reject, or None."""
 
 
 def negation(question: str, intent: Intent) -> str | None:
@@ -117,7 +119,7 @@ def numbers(question: str, intent: Intent) -> str | None:
 
 def subject(question: str, intent: Intent) -> str | None:
     """Every content word (names, places, things, verbs) must be one that the intent's texts use."""
-    unknown = sorted(content_stems(question) - intent.content)
+    unknown = [word for stem, word in content_words(question).items() if stem not in intent.content]
     return f"it speaks of {unknown[0]!r}, and this answer does not" if unknown else None
 
 
@@ -133,14 +135,18 @@ GUARDS: dict[str, Guard] = {
 }
 
 
-def content_stems(text: str) -> frozenset[str]:
-    """The words of a text that carry its subject, cut to rough stems."""
-    words = WORD.findall(PREAMBLE.sub(" ", text.casefold()))
-    return frozenset(_stem(word) for word in words if word not in FUNCTION_WORDS)
+def lowered(text: str) -> str:
+    """The form in which guards read a text."""
+    return text.casefold().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+
+
+def content_words(text: str) -> dict[str, str]:
+    """The words of a lowered text that carry its subject, by their rough stems."""
+    return {_stem(word): word for word in WORD.findall(PREAMBLE.sub(" ", text)) if word not in FUNCTION_WORDS}
 
 
 def _stem(word: str) -> str:
-    word = re.sub(r"['’]s?$", "", word)
+    word = word.removesuffix("'s").removesuffix("'")
     for ending in ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             return word.removesuffix(ending).rstrip("i")

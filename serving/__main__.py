@@ -1,0 +1,182 @@
+"""The storyteller's command line: python -m serving ask | chat | explain | serve."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from model.engine import Timing
+from model.errors import InputError
+from model.sampling import Sampling
+from model.tokenizer import Message
+from serving.answer import Reply, Storyteller
+from serving.cache import Hit
+from serving.settings import Settings
+
+EPILOG = """examples:
+  python -m serving ask "What are you capable of?"         a ready answer, without the model
+  python -m serving ask "I walk through the gates and look up" --seed 1
+  python -m serving explain "Is the city green?"           what the cache considered, and its decision
+  python -m serving chat
+  PORT=9000 python -m serving serve
+
+environment: EMERALD_BUILD, HOST, PORT, EMERALD_THREADS, EMERALD_WAITING, EMERALD_REPLY_TOKENS"""
+CHAT_HELP = "Type what you do or ask. /new starts over, /quit leaves, Ctrl-C stops a reply."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 done, 2 bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        settings = Settings.from_environment()
+        if options.build:
+            settings = replace(settings, build=options.build)
+        return int(options.command(settings, options))
+    except InputError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def ask(settings: Settings, options: argparse.Namespace) -> int:
+    """Answers one question: the answer on standard output, where it came from on standard error."""
+    storyteller = Storyteller(settings)
+    question = {"role": "user", "content": options.question}
+    reply = storyteller.reply([question], _sampling(options), use_cache=not options.no_cache)
+    _print_reply(reply)
+    return 0
+
+
+def chat(settings: Settings, options: argparse.Namespace) -> int:
+    """A conversation in the terminal."""
+    storyteller = Storyteller(settings)
+    print(storyteller.cache.persona["greeting"])
+    print(CHAT_HELP, file=sys.stderr)
+    conversation: list[Message] = []
+    while (said := _read_line()) is not None:
+        if said == "/quit":
+            break
+        if said == "/new":
+            conversation = []
+            print(storyteller.cache.persona["greeting"])
+        elif said.startswith("/"):
+            print(CHAT_HELP, file=sys.stderr)
+        elif said:
+            conversation.append({"role": "user", "content": said})
+            text = _answer_turn(storyteller, conversation, options)
+            conversation.append({"role": "assistant", "content": text})
+    return 0
+
+
+def explain(settings: Settings, options: argparse.Namespace) -> int:
+    """Prints what the cache considered for a question, and its decision."""
+    storyteller = Storyteller(settings)
+    found = storyteller.cache.lookup(options.question)
+    if isinstance(found, Hit):
+        print(f"hit: {found.entry}, {found.tier} match of {found.phrasing!r} at cosine {found.similarity:.3f}")
+    else:
+        print(f"miss: {found.reason}")
+        if found.nearest:
+            print(f"nearest: {found.nearest} at cosine {found.similarity:.3f}")
+    return 0
+
+
+def serve(settings: Settings, _options: argparse.Namespace) -> int:
+    """Serves the OpenAI-compatible HTTP interface."""
+    import uvicorn
+
+    from serving.app import create_app
+
+    uvicorn.run(create_app(settings), host=settings.host, port=settings.port, log_level="info")
+    return 0
+
+
+def _answer_turn(storyteller: Storyteller, conversation: list[Message], options: argparse.Namespace) -> str:
+    try:
+        reply = storyteller.reply(conversation, _sampling(options), use_cache=not options.no_cache)
+    except InputError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return ""
+    if reply.dropped_turns:
+        print(f"(the first {reply.dropped_turns} messages no longer fit and are forgotten)", file=sys.stderr)
+    return _print_reply(reply)
+
+
+def _print_reply(reply: Reply) -> str:
+    """Streams a reply to standard output; returns its text, cut where Ctrl-C stopped it."""
+    text, latest = "", None
+    try:
+        for piece, latest in reply.pieces:  # noqa: B007  # the last one is reported below
+            text += piece.text
+            print(piece.text, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" …", end="")
+    print(flush=True)
+    if latest is not None:
+        print(_origin(reply, latest), file=sys.stderr)
+    return text
+
+
+def _origin(reply: Reply, timing: Timing) -> str:
+    if reply.cached is not None:
+        certainty = "exact match" if reply.cached.tier == "exact" else "semantic match, not certified"
+        return f"[cache: {reply.cached.entry}, {certainty}; {1e3 * timing.ttft_s:.1f} ms]"
+    speed = f", {1 / timing.tpot_s:.1f} tokens/s" if timing.tpot_s else ""
+    return (
+        f"[model: {timing.tokens} tokens, first after {1e3 * timing.ttft_s:.0f} ms{speed}; "
+        f"no ready answer because {reply.miss}]"
+    )
+
+
+def _read_line() -> str | None:
+    try:
+        return input("\n> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print(file=sys.stderr)
+        return None
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    names: Iterable[str] = ("temperature", "top_p", "top_k", "seed", "max_tokens")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return Sampling(**given, stop=tuple(options.stop))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m serving",
+        description="Talks to the storyteller: ready answers first, then the model.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--build", metavar="FOLDER", help="a build folder (default: EMERALD_BUILD or build/embedded)")
+    sampled = argparse.ArgumentParser(add_help=False)
+    sampled.add_argument("--temperature", type=float, help="0 to 2; 0 always takes the likeliest token (default 0.7)")
+    sampled.add_argument(
+        "--top-p", type=float, help="keep the likeliest tokens up to this total probability (default 0.95)"
+    )
+    sampled.add_argument("--top-k", type=int, help="keep this many of the likeliest tokens (default: all)")
+    sampled.add_argument("--seed", type=int, help="makes a reply repeatable")
+    sampled.add_argument("--max-tokens", type=int, help="longest reply (default 256)")
+    sampled.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    sampled.add_argument("--no-cache", action="store_true", help="always ask the model")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command, parents in (
+        (ask, [common, sampled]),
+        (chat, [common, sampled]),
+        (explain, [common]),
+        (serve, [common]),
+    ):
+        what = (command.__doc__ or "").splitlines()[0]
+        chosen = commands.add_parser(command.__name__, parents=parents, help=what, description=what)
+        chosen.set_defaults(command=command)
+        if command in (ask, explain):
+            chosen.add_argument("question")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
