@@ -93,7 +93,8 @@ def _parse(text: str, annotation: Any) -> object:
     if get_origin(annotation) is Literal:
         return next((choice for choice in get_args(annotation) if str(choice) == text), text)
     if get_origin(annotation) in (Union, types.UnionType):
-        values = [(_parse(text, option), option) for option in get_args(annotation)]
+        options = sorted(get_args(annotation), key=lambda option: option is not type(None))  # "none" is also text
+        values = [(_parse(text, option), option) for option in options]
         return next((value for value, option in values if _fits(value, option)), text)
     if get_origin(annotation) is tuple:
         return tuple(_parse(item, get_args(annotation)[0]) for item in text.split(",") if item)

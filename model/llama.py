@@ -50,9 +50,9 @@ def _scaled_frequencies(frequencies: Tensor, architecture: Architecture) -> Tens
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    x = x_TD.float()
-    normed_TD: Tensor = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
-    return normed_TD.to(x_TD.dtype) * weight_D.to(x_TD.dtype)
+    x: Tensor = x_TD.float()
+    scale_T1: Tensor = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+    return (x * scale_T1).to(x_TD.dtype) * weight_D.to(x_TD.dtype)
 
 
 def rotate(x_TNH: Tensor, rotary_T2H: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def attention(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, positions_T: Tensor) 
     slots_S = torch.arange(k_SKH.shape[0], device=k_SKH.device)
     hidden_T1S = slots_S > positions_T[:, None, None]
     weights_KTQS = scores_KTQS.masked_fill(hidden_T1S, -math.inf).softmax(dim=-1).to(v_SKH.dtype)
-    out_KMH = weights_KTQS.view(K, T * (N // K), -1) @ v_SKH.transpose(0, 1)
+    out_KMH: Tensor = weights_KTQS.view(K, T * (N // K), -1) @ v_SKH.transpose(0, 1)
     return out_KMH.view(K, T, N // K, H).transpose(0, 1).reshape(T, N * H)
 
 

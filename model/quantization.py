@@ -103,7 +103,8 @@ def quantization_error(weight_OI: Tensor, quantized: Quantized) -> QuantizationE
     noise = signal = largest = 0.0
     for rows in _row_chunks(*weight_OI.shape):
         exact = weight_OI[rows].float()
-        difference = exact - Quantized(quantized.values[rows], quantized.scales[rows], quantized.bits).dequantize()
+        stored = Quantized(quantized.values[rows], quantized.scales[rows], quantized.bits)
+        difference = exact - stored.dequantize()
         noise += float(difference.square().sum(dtype=torch.float64))
         signal += float(exact.square().sum(dtype=torch.float64))
         largest = max(largest, float(difference.abs().max()))

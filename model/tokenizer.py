@@ -108,7 +108,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:
     file = folder / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8")
-    template = config.get("chat_template", "")
+    template = config.get("chat_template") or ""
     if isinstance(template, list):
         template = next((entry["template"] for entry in template if entry["name"] == "default"), "")
     return str(template)

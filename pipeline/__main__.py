@@ -57,14 +57,12 @@ def run(build: Build, options: argparse.Namespace) -> int:
         if outcome.state != "unchanged":
             say(f"  {outcome.state} in {outcome.seconds:.1f} s")
     _print_outcomes(outcomes)
-    for check in outcomes[-1].failed:
-        say(
-            f"gate {outcomes[-1].stage} failed: {check}; see {build.folder / build.stage(outcomes[-1].stage).outputs[0]}"
-        )
-    if outcomes[-1].failed:
-        say(f"see {build.folder / build.stage(outcomes[-1].stage).outputs[0]}; no later stage ran")
-        return GATE_FAILED
-    return DONE
+    last = outcomes[-1]
+    for check in last.failed:
+        say(f"gate {last.stage} failed: {check}")
+    if last.failed:
+        say(f"see {build.folder / build.stage(last.stage).outputs[0]}; no later stage ran")
+    return GATE_FAILED if last.failed else DONE
 
 
 def list_stages(build: Build, _options: argparse.Namespace) -> int:

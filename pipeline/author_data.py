@@ -155,8 +155,8 @@ def _validator(schema: Path) -> jsonschema.Draft202012Validator:
 
 def _in_words(fault: jsonschema.ValidationError) -> str:
     """jsonschema's message, shortened where it would quote a whole document."""
-    if fault.validator == "minItems":
-        return f"{len(list(fault.instance))} given, at least {fault.validator_value} expected"
+    if fault.validator == "minItems" and isinstance(fault.instance, list):
+        return f"{len(fault.instance)} given, at least {fault.validator_value} expected"
     if fault.validator == "type":
         kinds = {"array": "a list", "object": "a mapping", "string": "text"}
         return f"expected {kinds.get(str(fault.validator_value), fault.validator_value)}"

@@ -35,6 +35,7 @@ def run(config: FetchConfig, *paths: Path) -> None:
     if found.suffix == ".gguf":
         _convert(GgufCheckpoint(found), output)
     elif found.is_dir():
+        SafetensorsCheckpoint(found)  # refuses a bad folder under the user's own path
         _link(found, output)
     else:
         raise InputError(f"{found}: neither a folder nor a .gguf file; give a model folder")

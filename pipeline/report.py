@@ -82,25 +82,29 @@ def _speed(latency: Report) -> str:
         f"    y-axis 0 --> {top:.0f}\n"
         f"    bar [{plain['decode_tokens_per_s']:.1f}, {ours:.1f}, {ceiling['decode_tokens_per_s']:.1f}]\n```"
     )
-    return (
-        f"## Speed\n\n{ours:.1f} tokens/s on {latency['threads']} threads, {speedup['value']:.2f} times the "
-        f"unquantized model ({speedup['lower']:.2f} to {speedup['upper']:.2f}); first token of a {latency['prompt_tokens']}-token prompt "
-        f"after {1e3 * latency['ttft_s']['value']:.0f} ms. Each token reads {ceiling['bytes_per_token'] / 1e6:.0f} MB of "
-        f"weights; at the measured {ceiling['read_bandwidth_gb_s']:.1f} GB/s that allows "
-        f"{ceiling['decode_tokens_per_s']:.0f} tokens/s, of which {ceiling['reached']:.0%} is reached.\n\n{chart}"
+    sentences = (
+        f"{ours:.1f} tokens/s on {latency['threads']} threads, {speedup['value']:.2f} times the unquantized model "
+        f"({speedup['lower']:.2f} to {speedup['upper']:.2f}).",
+        f"First token of a {latency['prompt_tokens']}-token prompt after {1e3 * latency['ttft_s']['value']:.0f} ms.",
+        f"Each token reads {ceiling['bytes_per_token'] / 1e6:.0f} MB of weights; at the measured "
+        f"{ceiling['read_bandwidth_gb_s']:.1f} GB/s that allows {ceiling['decode_tokens_per_s']:.0f} tokens/s, "
+        f"of which {ceiling['reached']:.0%} is reached.",
     )
+    return f"## Speed\n\n{' '.join(sentences)}\n\n{chart}"
 
 
 def _cache(cache: Report) -> str:
     rows = [f"| {name} | {row['n']} | {row['answered']} | {row['false']} |" for name, row in cache["strata"].items()]
     recall, hits = cache["recall"], cache["served_hits"]
     table = "\n".join(["| questions | asked | answered | wrongly |", "|---|---:|---:|---:|", *rows])
-    return (
-        f"## Cache\n\nOf unseen phrasings {recall['value']:.1%} are answered rightly (at least {recall['lower']:.1%} with "
-        f"95 % confidence). Over all validation questions, traps included, {hits['false']} of {hits['n']} served answers "
-        f"were wrong. The semantic tier is not certified yet.\n\n<details><summary>By kind of question</summary>\n\n{table}"
-        "\n\n</details>"
+    sentences = (
+        f"Of unseen phrasings {recall['value']:.1%} are answered rightly (at least {recall['lower']:.1%} with 95 % "
+        "confidence).",
+        f"Over all validation questions, traps included, {hits['false']} of {hits['n']} served answers were wrong.",
+        "The semantic tier is not certified yet.",
     )
+    details = f"<details><summary>By kind of question</summary>\n\n{table}\n\n</details>"
+    return f"## Cache\n\n{' '.join(sentences)}\n\n{details}"
 
 
 def _savings(savings: Report) -> str:

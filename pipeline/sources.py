@@ -17,6 +17,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -108,6 +109,8 @@ def _on_hub(source: str, rest: str) -> Path:
     page = f"{constants.ENDPOINT}/{repository}"
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    except HFValidationError as fault:
+        raise InputError(f"source {source!r}: expected hub:OWNER/NAME@REVISION ({fault})") from fault
     except GatedRepoError as fault:
         raise InputError(
             f"{repository} is gated and this token may not read it: ask for access at {page}, create a token with read "

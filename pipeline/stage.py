@@ -142,10 +142,11 @@ class Build:
     def receipt(self, stage: Stage) -> dict[str, Any] | None:
         """The receipt of the stage's last complete run; None if there is none that can be read."""
         try:
-            receipt: dict[str, Any] = json.loads(self._receipt_path(stage).read_text(encoding="utf-8"))
+            receipt: Any = json.loads(self._receipt_path(stage).read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
             return None
-        return receipt if receipt.keys() >= {"fingerprint", "outputs", "passed", "seconds", "checks"} else None
+        whole = isinstance(receipt, dict) and receipt.keys() >= {"fingerprint", "outputs", "passed", "seconds", "checks"}
+        return receipt if whole else None
 
     def fingerprint(self, stage: Stage) -> dict[str, str]:
         """Everything the stage's outputs depend on, by name."""
@@ -166,11 +167,11 @@ class Build:
     def _execute(self, stage: Stage, reasons: Sequence[str]) -> Outcome:
         say(f"{stage.name}: {stage.purpose}")
         say(f"  because {'; '.join(reasons[:3])}{f' (and {len(reasons) - 3} more)' if len(reasons) > 3 else ''}")
-        partial = self._fresh_partial(stage)
         fingerprint = self.fingerprint(stage)
         paths = [ROOT / path for path in stage.sources] + [self.folder / path for path in stage.inputs]
         start = time.monotonic()
         with _disk_faults(self.folder):
+            partial = self._fresh_partial(stage)
             run = importlib.import_module(f"pipeline.{stage.name}").run
             checks: tuple[Check, ...] = tuple(
                 run(stage.config, *paths, *(partial / path for path in stage.outputs)) or ()
@@ -241,7 +242,8 @@ class Build:
         """One run at a time in a build folder."""
         with _disk_faults(self.folder):
             self._receipts.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("a+") as lock:
+            lock = (self.folder / ".lock").open("a+")
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -250,9 +252,9 @@ class Build:
                     f"{self.folder}: another run (process {lock.read().strip() or 'unknown'}) is at work here; "
                     "wait for it or stop it"
                 ) from None
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
+            with _disk_faults(self.folder):
+                os.truncate(lock.fileno(), 0)
+                os.write(lock.fileno(), str(os.getpid()).encode())  # unbuffered, so that closing writes nothing
             yield
 
 
@@ -262,9 +264,10 @@ class DigestMemo:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._known: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
+            known: Any = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-            self._known = {}
+            known = {}
+        self._known: dict[str, list[Any]] = known if isinstance(known, dict) else {}
 
     def of(self, path: Path) -> str:
         stat = path.stat()

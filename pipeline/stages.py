@@ -82,4 +82,4 @@ def table(config: Config) -> tuple[Stage, ...]:
 
 def _folder_of(source: str) -> tuple[Path, ...]:
     """A folder source is the user's and may change; packages and hubs are pinned by the configuration itself."""
-    return (Path(source.removeprefix("folder:")).expanduser(),) if source.startswith("folder:") else ()
+    return (Path(source.removeprefix("folder:")).expanduser().resolve(),) if source.startswith("folder:") else ()

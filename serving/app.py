@@ -8,7 +8,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from model.engine import Piece, Timing
 from model.errors import InputError
@@ -73,7 +74,7 @@ class Turnstile:
         self._places = threading.BoundedSemaphore(waiting_max + 1)
         self._model = threading.Lock()
 
-    def pass_through(self, reply: Reply) -> Iterator[tuple[Piece, Timing]]:
+    def pass_through(self, reply: Reply) -> Generator[tuple[Piece, Timing], None, None]:
         """The reply's pieces, in turn; a ready answer needs no turn. Refuses with 429 when too many wait."""
         if reply.cached is not None:
             yield from reply.pieces
@@ -154,13 +155,27 @@ def create_app(settings: Settings) -> FastAPI:
         if request.stream:
             with_usage = request.stream_options is not None and request.stream_options.include_usage
             events = completion.events(chain([first], pieces), with_usage=with_usage)
-            return StreamingResponse(events, headers=headers, media_type="text/event-stream")
+            return EventStream(events, pieces.close, headers)
         return JSONResponse(completion.whole(chain([first], pieces)), headers=headers)
 
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(InputError, _refused)
     app.add_exception_handler(HTTPException, _http_error)
     return app
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that give their turn back when the client has gone, not when Python next collects garbage."""
+
+    def __init__(self, events: Iterator[str], close: Callable[[], None], headers: Mapping[str, str]) -> None:
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
 
 
 class Completion:

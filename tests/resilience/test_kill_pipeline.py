@@ -1,0 +1,40 @@
+"""SIGKILL at ten random moments of the whole embedded pipeline: it always finishes, with byte-identical artifacts."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from model.artifact import file_digest, files_below
+from tests.conftest import ROOT
+
+KILLS = 10
+ARTIFACTS = ("checkpoint", "int4", "engine", "embedder", "cache")
+
+
+def digests(build: Path) -> dict[str, str]:
+    """SHA-256 of every file of every artifact; reports hold timings and differ."""
+    return {
+        f"{artifact}/{name}": file_digest(build / artifact / name)
+        for artifact in ARTIFACTS
+        for name in files_below(build / artifact)
+    }
+
+
+def test_a_pipeline_killed_ten_times_builds_the_same_bytes(tmp_path: Path) -> None:
+    command, undisturbed = [sys.executable, "-m", "pipeline", "run", "--build"], tmp_path / "undisturbed"
+    subprocess.run([*command, str(undisturbed)], cwd=ROOT, check=True)
+    killed, moments = tmp_path / "killed", random.Random(7)
+    for kill in range(KILLS):
+        process = subprocess.Popen([*command, str(killed)], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            process.wait(timeout=moments.uniform(0.5, 25.0))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() in (0, -signal.SIGKILL), f"run {kill} ended by itself with {process.returncode}"
+    subprocess.run([*command, str(killed)], cwd=ROOT, check=True)
+    assert digests(killed) == digests(undisturbed)
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,66 @@
+"""python -m serving, as a person uses it."""
+
+import io
+from pathlib import Path
+
+import pytest
+
+from serving.__main__ import main
+from serving.settings import VARIABLES, Settings
+from tests.conftest import ROOT
+
+
+def test_ask_answers_on_stdout_and_says_who_answered_on_stderr(
+    embedded_build: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ask", "What are you capable of?", "--build", str(embedded_build)]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("I tell you a story")
+    assert "cache: capabilities, exact match" in said.err
+
+
+def test_a_seed_makes_the_models_reply_repeatable(embedded_build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["ask", "I look up.", "--seed", "3", "--max-tokens", "8", "--build", str(embedded_build)]
+    texts = []
+    for _ in range(2):
+        assert main(command) == 0
+        said = capsys.readouterr()
+        assert "model: " in said.err
+        texts.append(said.out)
+    assert texts[0] == texts[1] != ""
+
+
+def test_explain_gives_the_reason(embedded_build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "What are you not capable of?", "--build", str(embedded_build)]) == 0
+    assert "miss: it is negated" in capsys.readouterr().out
+
+
+def test_chat_holds_a_conversation(
+    embedded_build: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who is Toto?\nI pat him.\n/new\n/help\n/quit\n"))
+    assert main(["chat", "--max-tokens", "6", "--build", str(embedded_build)]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("Welcome, traveller") == 2
+    assert "[cache: who-is-toto" in said.err
+    assert "[model: " in said.err
+
+
+def test_nothing_built_names_the_folder_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ask", "hello", "--build", str(tmp_path)]) == 2
+    assert f'no {tmp_path}/cache: run "make pipeline"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("variable", "value"), [("PORT", "many"), ("PORT", "70000"), ("EMERALD_WAITING", "-1")])
+def test_a_bad_variable_is_named(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert main(["serve"]) == 2
+    assert f"{variable} = " in capsys.readouterr().err
+
+
+def test_every_setting_has_a_variable_and_the_readme_names_it() -> None:
+    assert set(VARIABLES) == set(Settings.__dataclass_fields__)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{variable}`" in readme for variable in VARIABLES.values())

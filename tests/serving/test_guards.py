@@ -1,0 +1,53 @@
+"""Each guard rejects the turn it exists for, and lets the intent's own way of asking pass."""
+
+import pytest
+
+from serving.guards import GUARDS, Intent, lowered
+
+ABILITIES = Intent.of(["What are you capable of?", "Tell me what you can do.", "What do you do?"], "I tell stories.")
+BUILDER = Intent.of(["Who built the Emerald City?", "Who made the city?"], "The Wizard had it built by the people.")
+WITCHES = Intent.of(
+    ["How many witches are there?", "Tell me about the four witches"], "There are four, two of them wicked."
+)
+
+TRAPS = [
+    ("negation", "What are you not capable of?", ABILITIES),
+    ("negation", "What can't you do?", ABILITIES),
+    ("numbers", "Tell me about the seven witches", WITCHES),
+    ("numbers", "How many witches are there in 1900?", WITCHES),
+    ("question kind", "Why are you capable of it?", ABILITIES),
+    ("question kind", "When was the Emerald City built?", BUILDER),
+    ("several questions", "What can you do and who built the city?", ABILITIES),
+    ("several questions", "What do you do? Who made you?", ABILITIES),
+    ("hypothetical", "What if you could do it?", ABILITIES),
+    ("comparison", "Are you capable of more than others?", ABILITIES),
+    ("conversation", "And what can you do?", ABILITIES),
+    ("conversation", "What is he capable of?", ABILITIES),
+    ("subject", "Who destroyed the Emerald City?", BUILDER),
+    ("subject", "Who built Rome?", BUILDER),
+]
+
+
+@pytest.mark.parametrize(("guard", "question", "intent"), TRAPS)
+def test_guard_rejects_its_trap(guard: str, question: str, intent: Intent) -> None:
+    assert GUARDS[guard](lowered(question), intent) is not None
+
+
+@pytest.mark.parametrize("intent", [ABILITIES, BUILDER, WITCHES])
+def test_every_guard_passes_the_intents_own_phrasings(intent: Intent) -> None:
+    for phrasing in intent.phrasings:
+        assert {name: guard(phrasing, intent) for name, guard in GUARDS.items()} == dict.fromkeys(GUARDS)
+
+
+def test_every_guard_has_a_trap_here() -> None:
+    assert {guard for guard, _, _ in TRAPS} == set(GUARDS)
+
+
+def test_a_curly_apostrophe_is_an_apostrophe() -> None:
+    assert GUARDS["negation"](lowered("What can\N{RIGHT SINGLE QUOTATION MARK}t you do?"), ABILITIES) is not None
+
+
+def test_the_reason_names_the_word_as_the_visitor_wrote_it() -> None:
+    assert GUARDS["subject"]("who destroyed the emerald city?", BUILDER) == (
+        "it speaks of 'destroyed', and this answer does not"
+    )
