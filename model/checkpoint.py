@@ -83,11 +83,11 @@ class GgufCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._reader = gguf.GGUFReader(path)
+            reader = gguf.GGUFReader(path)
+            self.fields = {name: field.contents() for name, field in reader.fields.items()}
         except (ValueError, IndexError, KeyError) as fault:
             raise InputError(f"{path}: not a readable GGUF file ({fault}); fetch it again") from fault
-        self.fields = {name: field.contents() for name, field in self._reader.fields.items()}
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.architecture = self._architecture()
         self._check_shapes()
 
@@ -106,25 +106,25 @@ class GgufCheckpoint:
             raise InputError(f"{self.path}: a GGUF of architecture {kind!r}; only 'llama' is supported")
         if "rope_freqs.weight" in self._tensors or "llama.rope.scaling.type" in self.fields:
             raise InputError(f"{self.path}: scaled RoPE inside a GGUF is not supported; use the model's safetensors")
-        heads, hidden = self._field("attention.head_count"), self._field("embedding_length")
+        heads, hidden = self._field("llama.attention.head_count"), self._field("llama.embedding_length")
         return Architecture(
-            layers=self._field("block_count"),
+            layers=self._field("llama.block_count"),
             hidden=hidden,
             heads=heads,
             kv_heads=self.fields.get("llama.attention.head_count_kv", heads),
             head_dim=self.fields.get("llama.attention.key_length", hidden // heads),
-            mlp=self._field("feed_forward_length"),
-            vocab=len(self.fields["tokenizer.ggml.tokens"]),
-            context=self._field("context_length"),
+            mlp=self._field("llama.feed_forward_length"),
+            vocab=len(self._field("tokenizer.ggml.tokens")),
+            context=self._field("llama.context_length"),
             rope_theta=self.fields.get("llama.rope.freq_base", 10000.0),
-            norm_eps=_shortest_float(self._field("attention.layer_norm_rms_epsilon")),
+            norm_eps=_shortest_float(self._field("llama.attention.layer_norm_rms_epsilon")),
             tied_head="output.weight" not in self._tensors,
         )
 
     def _field(self, name: str) -> Any:
-        if f"llama.{name}" not in self.fields:
-            raise InputError(f"{self.path}: no metadata field llama.{name}; the file is incomplete, fetch it again")
-        return self.fields[f"llama.{name}"]
+        if name not in self.fields:
+            raise InputError(f"{self.path}: no metadata field {name}; the file is incomplete, fetch it again")
+        return self.fields[name]
 
     def _check_shapes(self) -> None:
         for name, expected in self.architecture.tensor_shapes().items():
@@ -188,7 +188,7 @@ def _size_found(path: Path) -> str:
             header: Mapping[str, Any] = json.loads(file.read(header_bytes))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         return f"{path.stat().st_size} bytes found, {8 + header_bytes + max(ends)} expected; "
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
         return ""
 
 

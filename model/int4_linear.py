@@ -90,7 +90,7 @@ def quantize_activations(x_TI: Tensor) -> Tensor:
     high = x_TI.amax(dim=-1, keepdim=True).clamp(min=0)
     scale = torch.where(high == low, 1.0, (high - low) / 255)
     zero_point = torch.round(-128 - low / scale).clamp(-128, 127)
-    return (torch.round(x_TI / scale + zero_point).clamp(-128, 127) - zero_point) * scale
+    return ((torch.round(x_TI / scale) + zero_point).clamp(-128, 127) - zero_point) * scale
 
 
 def _vector_product(x_1I: Tensor, weight: Int4 | Int8) -> Tensor:

@@ -159,7 +159,8 @@ def _compile(module: torch.nn.Module, arguments: tuple[Tensor, ...], shapes: Any
     from torch._inductor import aoti_compile_and_package
 
     target = family()
-    options = {"cpp.march": target} if target.startswith("x86-64") else {}
+    # Otherwise reductions are compiled for this machine's number of threads, and more of them overrun their buffers.
+    options = {"cpp.dynamic_threads": True, **({"cpp.march": target} if target.startswith("x86-64") else {})}
     with torch.no_grad(), warnings.catch_warnings(), _compiler_scratch():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytree classes
         exported = torch.export.export(module.eval(), arguments, dynamic_shapes=shapes)

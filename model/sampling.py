@@ -53,7 +53,8 @@ class Sampler:
 
     def probabilities(self, logits_V: Tensor) -> Tensor:
         """The distribution [V] that `next_token` draws from."""
-        scaled = (logits_V / self._sampling.temperature).softmax(dim=-1)
+        below_V = (logits_V - logits_V.max()).double()  # divided by the tiniest temperature, still never inf - inf
+        scaled = (below_V / self._sampling.temperature).softmax(dim=-1).float()
         if self._sampling.top_k == 0 and self._sampling.top_p == 1:
             return scaled
         probabilities, order = scaled.sort(descending=True)

@@ -12,6 +12,7 @@ anywhere leaves either a receipt whose outputs are whole or none at all, and the
 
 import ast
 import fcntl
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -304,10 +305,11 @@ def imports_of(module_file: Path) -> tuple[list[Path], set[str]]:
         if file in code or file == BY_VALUE:
             continue
         code.add(file)
-        for name in _imported_names(file):
+        for name in _imported_names(file, file.stat().st_mtime_ns):
             top = name.partition(".")[0]
             if top in FIRST_PARTY:
-                pending += [found for found in _module_files(name) if found.exists()]
+                found = ROOT / f"{name.replace('.', '/')}.py"
+                pending += [found] if found.exists() else []
             elif top not in sys.stdlib_module_names:
                 packages.add(top)
     return sorted(code), packages
@@ -315,23 +317,25 @@ def imports_of(module_file: Path) -> tuple[list[Path], set[str]]:
 
 def package_versions(modules: set[str]) -> dict[str, str]:
     """Installed versions of the distributions that provide these top-level modules."""
-    providers = importlib.metadata.packages_distributions()
-    names = {name for module in modules for name in providers.get(module, [])}
+    names = {name for module in modules for name in _providers().get(module, [])}
     return {name: importlib.metadata.version(name) for name in sorted(names)}
 
 
-def _imported_names(file: Path) -> Iterator[str]:
+@functools.cache
+def _providers() -> Mapping[str, list[str]]:
+    """Distributions by the top-level modules they provide; reading them all takes a while."""
+    return importlib.metadata.packages_distributions()
+
+
+@functools.cache
+def _imported_names(file: Path, _modified_ns: int) -> tuple[str, ...]:
+    names: list[str] = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def _module_files(name: str) -> list[Path]:
-    path = ROOT / name.replace(".", "/")
-    return [path.with_suffix(".py")]
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return tuple(names)
 
 
 def _sync(path: Path) -> None:

@@ -21,6 +21,8 @@ EPILOG = """examples:
   PORT=9000 python -m serving serve
 
 environment: EMERALD_BUILD, HOST, PORT, EMERALD_THREADS, EMERALD_WAITING, EMERALD_REPLY_TOKENS"""
+DRAIN_SECONDS = 30
+"""How long a stopping server lets replies finish."""
 CHAT_HELP = "Type what you do or ask. /new starts over, /quit leaves, Ctrl-C stops a reply."
 
 
@@ -89,7 +91,7 @@ def serve(settings: Settings, _options: argparse.Namespace) -> int:
 
     from serving.app import create_app
 
-    uvicorn.run(create_app(settings), host=settings.host, port=settings.port, log_level="info")
+    uvicorn.run(create_app(settings), host=settings.host, port=settings.port, timeout_graceful_shutdown=DRAIN_SECONDS)
     return 0
 
 

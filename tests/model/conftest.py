@@ -1,6 +1,6 @@
 """What the model's tests share: random Llamas sharp enough to show every part, and the real SmolLM2."""
 
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,15 @@ from tests.conftest import TINY, write_tiny_model
 
 ASCII_TOKENS = slice(2, 96)
 """The tiny tokenizer's tokens of "!" to "~"."""
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small products gain nothing from more threads, and waiting for a busy core would dominate them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def write_random_model(folder: Path, architecture: Architecture = TINY, seed: int = 0) -> Path:
@@ -51,7 +60,7 @@ def write_int4(model: Path, recipe: Recipe, folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def speaking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model whose likeliest token is always a visible ASCII character; do not write to it."""
-    folder = write_random_model(tmp_path_factory.mktemp("models") / "speaking", replace(TINY, context=256))
+    folder = write_random_model(tmp_path_factory.mktemp("models") / "speaking")
     tensors = load_file(folder / "model.safetensors")
     spoken = torch.zeros_like(tensors["lm_head.weight"])
     spoken[ASCII_TOKENS] = tensors["lm_head.weight"][ASCII_TOKENS]

@@ -143,13 +143,31 @@ def run(config, source, output):
 }
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """The real command line and stage runner over `TINY_TREE`'s stages; run it with `cli(…, folder=tree)`."""
-    root = tmp_path / "tree"
+@pytest.fixture(scope="session")
+def fresh_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("fresh") / "tree"
     for package in ("pipeline", "model"):
         shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name, text in TINY_TREE.items():
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(text)
     return root
+
+
+@pytest.fixture(scope="session")
+def finished_tree(fresh_tree: Path) -> Path:
+    root = shutil.copytree(fresh_tree, fresh_tree.parent / "finished")
+    assert cli("run", folder=root).code == 0
+    return root
+
+
+@pytest.fixture
+def tree(fresh_tree: Path, tmp_path: Path) -> Path:
+    """The real command line and stage runner over `TINY_TREE`'s stages; run it with `cli(…, folder=tree)`."""
+    return shutil.copytree(fresh_tree, tmp_path / "tree")
+
+
+@pytest.fixture
+def built_tree(finished_tree: Path, tmp_path: Path) -> Path:
+    """The same with a finished build in build/embedded."""
+    return shutil.copytree(finished_tree, tmp_path / "tree")

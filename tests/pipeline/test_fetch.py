@@ -52,7 +52,7 @@ def split_into_shards(folder: Path) -> None:
     """The same model in two files with an index, as larger models come."""
     tensors = load_file(folder / WEIGHTS)
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), start=1):
         file = f"model-{number:05d}-of-00002.safetensors"
         save_file({name: tensors[name] for name in part}, folder / file)

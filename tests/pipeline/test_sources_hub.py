@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -11,7 +12,7 @@ from typing import ClassVar
 import pytest
 
 from model.artifact import file_digest
-from tests.conftest import write_tiny_model
+from tests.conftest import ROOT, write_tiny_model
 from tests.pipeline.conftest import Ended, cli
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -92,10 +93,25 @@ class Hub:
         self.asked = HubHandler.asked
 
     def fetch(self, repository: str, build: Path, revision: str = REVISION, **extra: str) -> Ended:
-        """`python -m pipeline run fetch` against this hub."""
-        settings = ["--set", f"fetch.source=hub:{repository}@{revision}", "--set", "fetch.sha256=none"]
-        hub = {"HF_ENDPOINT": self.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
-        return cli("run", "fetch", "--build", build, *settings, **{**hub, **extra})
+        return fetch_from(self.url, self.home, f"{repository}@{revision}", build, **extra)
+
+
+def fetch_from(url: str, home: Path, model: str, build: Path, **extra: str) -> Ended:
+    """`python -m pipeline run fetch` against the hub at `url`, with `home` for the client's cache."""
+    settings = ["--set", f"fetch.source=hub:{model}", "--set", "fetch.sha256=none"]
+    hub = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **extra}
+    return cli("run", "fetch", "--build", build, *settings, folder=ROOT, **hub)
+
+
+CLOSED = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closed_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[Ended]]:
+    """Begun before the other tests: the client tries a closed port for half a minute, mostly asleep."""
+    home = tmp_path_factory.mktemp("closed")
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(fetch_from, CLOSED, home / "home", f"{OPEN}@{REVISION}", home / "build")
 
 
 @pytest.fixture
@@ -165,10 +181,15 @@ def test_unknown_revision(hub: Hub, tmp_path: Path) -> None:
     require_refusal(ended, f"{OPEN} has no revision '{OTHER_REVISION}': {commits}")
 
 
-@pytest.mark.parametrize("offline", ["closed port", "HF_HUB_OFFLINE"])
-def test_hub_out_of_reach(hub: Hub, tmp_path: Path, offline: str) -> None:
-    closed = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    ended = hub.fetch(OPEN, tmp_path / "build", **(closed if offline == "closed port" else {"HF_HUB_OFFLINE": "1"}))
-    remedy = "check the network and HF_HUB_OFFLINE, or download the model elsewhere and use folder:PATH"
-    require_refusal(ended, "cannot be reached and", f"{OPEN}@{REVISION} is not in the local cache", remedy)
+OUT_OF_REACH = "cannot be reached and emerald/tiny@0123456789abcdef0123456789abcdef01234567 is not in the local cache"
+REMEDY = "check the network and HF_HUB_OFFLINE, or download the model elsewhere and use folder:PATH"
+
+
+def test_offline_without_a_copy(hub: Hub, tmp_path: Path) -> None:
+    ended = hub.fetch(OPEN, tmp_path / "build", HF_HUB_OFFLINE="1")
+    require_refusal(ended, f"the hub at {hub.url} {OUT_OF_REACH}", REMEDY)
     assert hub.asked == []
+
+
+def test_closed_port(closed_port: Future[Ended]) -> None:
+    require_refusal(closed_port.result(), f"the hub at {CLOSED} {OUT_OF_REACH}", REMEDY)

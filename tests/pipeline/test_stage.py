@@ -21,13 +21,6 @@ NOTHING_RAN = {"join": "unchanged", "count": "unchanged", "apart": "unchanged"}
 OUTPUT = {"joined.txt": "ONE TWO THREE!", "counted/0.txt": "ONE", "counted/2.txt": "THREE!", "copy.txt": "alone"}
 
 
-@pytest.fixture
-def build(tree: Path) -> Path:
-    """A finished build of the tiny tree."""
-    assert cli("run", folder=tree).code == 0
-    return tree / "build/embedded"
-
-
 def receipt_of(build: Path, stage: str) -> Path:
     return build / f".receipts/{stage}.json"
 
@@ -50,30 +43,31 @@ def test_first_run_runs_all_and_second_run_nothing(tree: Path) -> None:
     assert cli("explain", "count", folder=tree).out == "count is up to date\n"
 
 
-def test_edited_source_reruns_exactly_its_dependents(tree: Path, build: Path) -> None:
-    (tree / "notes/b.txt").write_text("four")
-    explained = cli("explain", "join", folder=tree)
+def test_edited_source_reruns_exactly_its_dependents(built_tree: Path) -> None:
+    build = built_tree / "build/embedded"
+    (built_tree / "notes/b.txt").write_text("four")
+    explained = cli("explain", "join", folder=built_tree)
     assert explained.out == "join would run:\n  source notes/b.txt changed\n"
-    assert cli("run", folder=tree).states == {"join": "ran", "count": "ran", "apart": "unchanged"}
+    assert cli("run", folder=built_tree).states == {"join": "ran", "count": "ran", "apart": "unchanged"}
     assert (build / "counted/2.txt").read_text() == "FOUR!"
 
 
-def test_added_and_removed_sources_are_named(tree: Path, build: Path) -> None:
-    (tree / "notes/a.txt").rename(tree / "notes/c.txt")
-    explained = cli("explain", "join", folder=tree)
+def test_added_and_removed_sources_are_named(built_tree: Path) -> None:
+    (built_tree / "notes/a.txt").rename(built_tree / "notes/c.txt")
+    explained = cli("explain", "join", folder=built_tree)
     assert explained.out.splitlines()[1:] == ["  source notes/a.txt is gone", "  source notes/c.txt is new"]
 
 
-def test_dependents_of_an_identical_output_do_not_run(tree: Path, build: Path) -> None:
-    (tree / "notes/b.txt").write_text("THREE")  # joined in upper case: the same
-    assert cli("run", folder=tree).states == {"join": "ran", "count": "unchanged", "apart": "unchanged"}
+def test_dependents_of_an_identical_output_do_not_run(built_tree: Path) -> None:
+    (built_tree / "notes/b.txt").write_text("THREE")  # joined in upper case: the same
+    assert cli("run", folder=built_tree).states == {"join": "ran", "count": "unchanged", "apart": "unchanged"}
 
 
-def test_changed_setting_is_named_with_both_values(tree: Path, build: Path) -> None:
+def test_changed_setting_is_named_with_both_values(built_tree: Path) -> None:
     settings = ["--set", "export.context_tokens=100"]
-    explained = cli("explain", "join", *settings, folder=tree)
+    explained = cli("explain", "join", *settings, folder=built_tree)
     assert "configuration join.context_tokens was 2048, is 100" in explained.out
-    ended = cli("run", *settings, folder=tree)
+    ended = cli("run", *settings, folder=built_tree)
     assert ended.states == {"join": "ran", "count": "unchanged", "apart": "unchanged"}
     assert "because configuration join.context_tokens was 2048, is 100" in ended.err
 
@@ -86,20 +80,19 @@ def test_changed_setting_is_named_with_both_values(tree: Path, build: Path) -> N
         ("model/mark.py", '"!"', '"?"'),  # imported by that module
     ],
 )
-def test_changed_code_reruns_the_stages_that_import_it(
-    tree: Path, build: Path, file: str, old: str, new: str
-) -> None:
-    (tree / file).write_text((tree / file).read_text().replace(old, new))
-    assert cli("explain", "join", folder=tree).out == f"join would run:\n  code {file} changed\n"
-    assert cli("explain", "apart", folder=tree).out == "apart is up to date\n"
-    assert cli("run", folder=tree).states["join"] == "ran"
+def test_changed_code_reruns_the_stages_that_import_it(built_tree: Path, file: str, old: str, new: str) -> None:
+    build = built_tree / "build/embedded"
+    (built_tree / file).write_text((built_tree / file).read_text().replace(old, new))
+    assert cli("explain", "join", folder=built_tree).out == f"join would run:\n  code {file} changed\n"
+    assert cli("explain", "apart", folder=built_tree).out == "apart is up to date\n"
+    assert cli("run", folder=built_tree).states["join"] == "ran"
     assert ("?" in (build / "joined.txt").read_text()) == (new == '"?"')
 
 
 @pytest.mark.parametrize("file", ["model/unused.py", "pipeline/configs.py", "pipeline/fetch.py"])
-def test_code_that_no_stage_imports_and_configurations_rerun_nothing(tree: Path, build: Path, file: str) -> None:
-    (tree / file).write_text((tree / file).read_text() + "\n# edited\n")
-    assert cli("run", folder=tree).states == NOTHING_RAN
+def test_code_that_no_stage_imports_and_configurations_rerun_nothing(built_tree: Path, file: str) -> None:
+    (built_tree / file).write_text((built_tree / file).read_text() + "\n# edited\n")
+    assert cli("run", folder=built_tree).states == NOTHING_RAN
 
 
 def test_imports_of_a_real_stage() -> None:
@@ -132,65 +125,71 @@ def duplicate(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, flip, truncate, duplicate])
-def test_damaged_output_is_noticed_and_rebuilt(tree: Path, build: Path, damage: object) -> None:
+def test_damaged_output_is_noticed_and_rebuilt(built_tree: Path, damage: object) -> None:
+    build = built_tree / "build/embedded"
     assert callable(damage)
     damage(build / "counted/1.txt")
-    explained = cli("explain", "count", folder=tree)
+    explained = cli("explain", "count", folder=built_tree)
     assert explained.out == "count would run:\n  output counted is missing or not what this stage wrote\n"
-    assert cli("run", folder=tree).states == {"join": "unchanged", "count": "ran", "apart": "unchanged"}
+    assert cli("run", folder=built_tree).states == {"join": "unchanged", "count": "ran", "apart": "unchanged"}
     require_whole(build)
 
 
-def test_damaged_input_is_rebuilt_before_it_is_read(tree: Path, build: Path) -> None:
+def test_damaged_input_is_rebuilt_before_it_is_read(built_tree: Path) -> None:
+    build = built_tree / "build/embedded"
     flip(build / "joined.txt")
-    ended = cli("run", "count", folder=tree)
+    ended = cli("run", "count", folder=built_tree)
     assert ended.states == {"join": "ran", "count": "unchanged"}
     require_whole(build)
 
 
-def test_kill_between_publishing_and_receipt_recovers(tree: Path, build: Path) -> None:
+def test_kill_between_publishing_and_receipt_recovers(built_tree: Path) -> None:
+    build = built_tree / "build/embedded"
     receipt_of(build, "count").unlink()
     leftover = build / ".partial/count/counted"
     leftover.mkdir(parents=True)
     (leftover / "9.txt").write_text("half")
-    ended = cli("run", folder=tree)
+    ended = cli("run", folder=built_tree)
     assert ended.states == {"join": "unchanged", "count": "ran", "apart": "unchanged"}
     assert "because it has not run yet" in ended.err
     require_whole(build)
     assert not leftover.exists()
 
 
-def test_kill_inside_a_stage_leaves_no_receipt_and_recovers(tree: Path, build: Path) -> None:
-    (tree / "notes/b.txt").write_text("four")
-    assert cli("run", folder=tree, DIE_IN="join").code == -9
+def test_kill_inside_a_stage_leaves_no_receipt_and_recovers(built_tree: Path) -> None:
+    build = built_tree / "build/embedded"
+    (built_tree / "notes/b.txt").write_text("four")
+    assert cli("run", folder=built_tree, DIE_IN="join").code == -9
     assert not receipt_of(build, "join").exists()
     assert (build / "joined.txt").read_text() == OUTPUT["joined.txt"]
     assert (build / ".partial/join/joined.txt").read_text() == "half of it"
-    assert cli("run", folder=tree).states == {"join": "ran", "count": "ran", "apart": "unchanged"}
+    assert cli("run", folder=built_tree).states == {"join": "ran", "count": "ran", "apart": "unchanged"}
     assert (build / "joined.txt").read_text() == "ONE TWO FOUR!"
 
 
 @pytest.mark.parametrize(
     "garbage", [b"", b"\x00" * 64, b"\xff\xfe", b"{", b"[]", b"null", b"{}", b'{"passed": true, "outputs": {}}']
 )
-def test_unreadable_receipt_means_not_run(tree: Path, build: Path, garbage: bytes) -> None:
+def test_unreadable_receipt_means_not_run(built_tree: Path, garbage: bytes) -> None:
+    build = built_tree / "build/embedded"
     receipt_of(build, "apart").write_bytes(garbage)
-    assert cli("explain", "apart", folder=tree).out == "apart would run:\n  it has not run yet\n"
-    assert cli("run", folder=tree).states == {"join": "unchanged", "count": "unchanged", "apart": "ran"}
+    assert cli("explain", "apart", folder=built_tree).out == "apart would run:\n  it has not run yet\n"
+    assert cli("run", folder=built_tree).states == {"join": "unchanged", "count": "unchanged", "apart": "ran"}
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\xff\xfe", b"[]", b"7", b'{"/": 7}'])
-def test_unreadable_digest_memo_is_forgotten(tree: Path, build: Path, garbage: bytes) -> None:
+def test_unreadable_digest_memo_is_forgotten(built_tree: Path, garbage: bytes) -> None:
+    build = built_tree / "build/embedded"
     (build / ".receipts/digests.json").write_bytes(garbage)
-    ended = cli("run", folder=tree)
+    ended = cli("run", folder=built_tree)
     assert (ended.code, ended.states) == (0, NOTHING_RAN)
 
 
-def test_force_runs_what_it_names(tree: Path, build: Path) -> None:
-    forced = cli("run", "count", "--force", folder=tree)
+def test_force_runs_what_it_names(built_tree: Path) -> None:
+    forced = cli("run", "count", "--force", folder=built_tree)
     assert forced.states == {"join": "unchanged", "count": "ran"}
     assert "because forced" in forced.err
-    assert cli("run", "--force", folder=tree).states == ALL_RAN
+    assert cli("run", "--force", folder=built_tree).states == ALL_RAN
 
 
 def test_named_stage_runs_only_what_it_needs(tree: Path) -> None:
@@ -199,31 +198,31 @@ def test_named_stage_runs_only_what_it_needs(tree: Path) -> None:
     assert cli("run", "apart", folder=tree).states == {"apart": "ran"}
 
 
-def test_build_elsewhere_has_the_same_fingerprints(tree: Path, build: Path, tmp_path: Path) -> None:
+def test_build_elsewhere_has_the_same_fingerprints(built_tree: Path, tmp_path: Path) -> None:
+    build = built_tree / "build/embedded"
     other = tmp_path / "elsewhere/deep"
-    assert cli("run", "--build", other, folder=tree, PYTHONHASHSEED="7").code == 0
+    assert cli("run", "--build", other, folder=built_tree, PYTHONHASHSEED="7").code == 0
     for stage in ALL_RAN:
         here, there = (json.loads(receipt_of(place, stage).read_text()) for place in (build, other))
         assert here["fingerprint"] == there["fingerprint"]
         assert here["outputs"] == there["outputs"]
-        assert str(tree) not in json.dumps(here["fingerprint"])
+        assert str(built_tree) not in json.dumps(here["fingerprint"])
 
 
-def test_order_of_a_fingerprint_does_not_matter(tree: Path, build: Path) -> None:
+def test_order_of_a_fingerprint_does_not_matter(built_tree: Path) -> None:
+    build = built_tree / "build/embedded"
     for stage in ALL_RAN:
         receipt = json.loads(receipt_of(build, stage).read_text())
         receipt["fingerprint"] = dict(reversed(receipt["fingerprint"].items()))
         receipt_of(build, stage).write_text(json.dumps(receipt))
-    assert cli("run", folder=tree).states == NOTHING_RAN
+    assert cli("run", folder=built_tree).states == NOTHING_RAN
 
 
 @contextmanager
 def waiting_run(tree: Path, release: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A run that holds the build folder until `release` exists, which is made at the end."""
     command = [sys.executable, "-m", "pipeline", "run"]
-    first = subprocess.Popen(
-        command, cwd=tree, env=environment({"WAIT_FOR": str(release)}), stderr=subprocess.DEVNULL
-    )
+    first = subprocess.Popen(command, cwd=tree, env=environment({"WAIT_FOR": str(release)}), stderr=subprocess.DEVNULL)
     written = tree / "build/embedded/.partial/join/joined.txt"
     try:
         give_up = time.monotonic() + 30
@@ -248,9 +247,7 @@ def test_second_run_at_once_is_refused_and_names_the_first(tree: Path, tmp_path:
 
 
 def stage(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Stage:
-    return Stage(
-        name=name, config=ReportConfig(), inputs=tuple(map(Path, inputs)), outputs=tuple(map(Path, outputs))
-    )
+    return Stage(name=name, config=ReportConfig(), inputs=tuple(map(Path, inputs)), outputs=tuple(map(Path, outputs)))
 
 
 def test_table_refuses_an_input_that_nobody_writes_before() -> None:
