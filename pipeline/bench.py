@@ -126,9 +126,8 @@ def _print_table(result: dict[str, Any]) -> None:
                 name = f"prompt {count:4}  {model} {figure}"
                 print(f"  {name:60} {spread['median']:9.2f}   ({spread['least']:.2f} to {spread['most']:.2f})")
     start = result["start_to_first_token_s"]
-    print(
-        f"  {'process start to first token, s':60} {start['median']:9.2f}   ({start['least']:.2f} to {start['most']:.2f})"
-    )
+    spread = f"({start['least']:.2f} to {start['most']:.2f})"
+    print(f"  {'process start to first token, s':60} {start['median']:9.2f}   {spread}")
     print(f"  {'resident memory of that process, MB':60} {result['resident_mb_after']:9.1f}")
     print(f"  {'memory limit of decoding, tokens/s':60} {result['decode_ceiling_tokens_s']:9.1f}")
     print(f"  {'share of it reached':60} {result['ceiling_reached']:9.1%}")

@@ -40,7 +40,7 @@ def run(config: FetchConfig, *paths: Path) -> None:
     else:
         raise InputError(f"{found}: neither a folder nor a .gguf file; give a model folder")
     checkpoint = SafetensorsCheckpoint(output)
-    write_json(output / "chat.json", chat_settings(output))
+    write_json(output / "chat.json", chat_settings(found if found.is_dir() else output))
     facts = {"source": config.source, "model_id": config.model_id, "licence": config.licence}
     write_json(output / "source.json", {**facts, "architecture": checkpoint.architecture.to_dict()})
 

@@ -97,7 +97,8 @@ def _install_torch(version: str) -> None:
     if cuda and os.environ.get(ALLOW_CUDA) != "1":
         raise SetupError(
             f"torch {version} from the configured index brings {len(cuda)} CUDA packages ({cuda[0]} and others), "
-            f"several GB that Emerald never uses. Make {CPU_INDEX} reachable, or accept them with {ALLOW_CUDA}=1 make setup"
+            f"several GB that Emerald never uses. Make {CPU_INDEX} reachable, or accept them with "
+            f"{ALLOW_CUDA}=1 make setup"
         )
     _pip("install", "--quiet", f"torch=={version}")
 

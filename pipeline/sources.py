@@ -28,6 +28,7 @@ from model.artifact import file_digest
 from model.errors import InputError
 from pipeline.progress import say
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "LICENSE*", "USE_POLICY*", "NOTICE*"]
 UNWANTED = ["original/*", "onnx/*", "openvino/*"]
@@ -75,6 +76,8 @@ def _in_folder(path: Path, sha256: str | None) -> Path:
             _require_digest(path, sha256, "the configuration")
         return path
     expected = known_digests(path)
+    if sha256 is not None:
+        expected[path / "model.safetensors"] = (sha256, "the configuration's sha256 field")
     for file, (digest, witness) in expected.items():
         _require_digest(file, digest, witness)
     unknown = [file.name for file in sorted(path.glob("*.safetensors")) if file not in expected]
@@ -104,8 +107,11 @@ def known_digests(folder: Path) -> dict[Path, tuple[str, str]]:
 
 def _on_hub(source: str, rest: str) -> Path:
     repository, _, revision = rest.partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or not revision:
-        raise InputError(f"source {source!r}: expected hub:OWNER/NAME@REVISION, with the revision's full commit hash")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or not COMMIT.fullmatch(revision):
+        raise InputError(
+            f"source {source!r}: expected hub:OWNER/NAME@REVISION, the revision as a full commit hash of 40 digits, "
+            "since a branch may move"
+        )
     page = f"{constants.ENDPOINT}/{repository}"
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))

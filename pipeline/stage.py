@@ -123,6 +123,8 @@ class Build:
             for stage in self.needed_for(names):
                 reasons = ["forced"] if stage.name in forced else self.reasons(stage)
                 outcome = self._execute(stage, reasons) if reasons else self._unchanged(stage)
+                if outcome.failed:
+                    self._withdraw_dependents(stage)
                 yield outcome
                 if outcome.failed:
                     return
@@ -146,7 +148,13 @@ class Build:
             receipt: Any = json.loads(self._receipt_path(stage).read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
             return None
-        whole = isinstance(receipt, dict) and receipt.keys() >= {"fingerprint", "outputs", "passed", "seconds", "checks"}
+        whole = isinstance(receipt, dict) and receipt.keys() >= {
+            "fingerprint",
+            "outputs",
+            "passed",
+            "seconds",
+            "checks",
+        }
         return receipt if whole else None
 
     def fingerprint(self, stage: Stage) -> dict[str, str]:
@@ -199,6 +207,16 @@ class Build:
         checks = tuple(Check(**row) for row in receipt["checks"])
         return Outcome(stage=stage.name, state="unchanged", seconds=receipt["seconds"], checks=checks)
 
+    def _withdraw_dependents(self, failed: Stage) -> None:
+        """Removes what an earlier build made behind this gate: a summary that says "passed" must not outlive it."""
+        gone = set(failed.outputs)
+        for stage in self.stages:
+            if gone & set(stage.inputs):
+                gone |= set(stage.outputs)
+                self._receipt_path(stage).unlink(missing_ok=True)
+                for path in stage.outputs:
+                    _remove(self.folder / path)
+
     def _fresh_partial(self, stage: Stage) -> Path:
         """An empty place for the outputs; from here on the old receipt no longer counts."""
         self._receipt_path(stage).unlink(missing_ok=True)
@@ -214,7 +232,7 @@ class Build:
             assert written.exists(), f"stage {stage.name} did not write {path}"
             _sync(written)
             place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+            _remove(place)
             written.replace(place)
         shutil.rmtree(partial)
 
@@ -336,6 +354,13 @@ def _imported_names(file: Path, _modified_ns: int) -> tuple[str, ...]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     return tuple(names)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

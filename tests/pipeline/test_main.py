@@ -19,6 +19,23 @@ def test_failed_gate_exits_1_names_itself_and_stops(tree: Path) -> None:
     assert cli("run", folder=tree).code == 0
 
 
+def test_failed_gate_withdraws_what_an_earlier_build_made_behind_it(tree: Path) -> None:
+    stages, told = tree / "pipeline/stages.py", tree / "build/embedded/summary.md"
+    row = (
+        'Stage(name="tell", config=config.report, inputs=(Path("reports/count.json"),), outputs=(Path("summary.md"),)),'
+    )
+    last = 'outputs=(Path("copy.txt"),)),'
+    stages.write_text(stages.read_text().replace(last, f"{last}\n        {row}"))
+    copies = "import shutil\n\ndef run(config, report, output):\n    shutil.copyfile(report, output)\n"
+    (tree / "pipeline/tell.py").write_text(f'"""Tells."""\n{copies}')
+    assert cli("run", folder=tree).code == 0
+    assert told.exists()
+    assert cli("run", "--set", "savings.reply_tokens=2", folder=tree).code == 1
+    assert not told.exists()
+    assert cli("run", folder=tree).code == 0
+    assert told.exists()
+
+
 def test_defect_of_a_stage_exits_3_with_its_traceback(tree: Path) -> None:
     (tree / "pipeline/apart.py").write_text('"""Fails."""\n\ndef run(config, source, output):\n    {}["gone"]\n')
     ended = cli("run", folder=tree)

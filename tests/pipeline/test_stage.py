@@ -100,9 +100,14 @@ def test_imports_of_a_real_stage() -> None:
     names = {str(file.relative_to(ROOT)) for file in code}
     direct, through_others = {"pipeline/quantize.py", "model/quantization.py"}, {"model/errors.py", "model/llama.py"}
     assert direct | through_others <= names
-    assert "pipeline/configs.py" not in names
     assert {"torch", "torchao", "safetensors"} <= packages
     assert not {"json", "pathlib", "model", "pipeline"} & packages
+
+
+def test_configurations_are_no_code_of_a_stage_that_imports_them() -> None:
+    code, _ = imports_of(ROOT / "pipeline/fetch.py")
+    assert ROOT / "pipeline/configs.py" not in code
+    assert ROOT / "pipeline/sources.py" in code
 
 
 def test_package_imported_inside_a_function_counts() -> None:

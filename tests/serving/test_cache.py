@@ -81,8 +81,9 @@ def test_every_phrasing_is_an_exact_hit_of_its_own_intent(cache: Cache) -> None:
 def test_leaving_a_phrasing_out_changes_the_decision(cache: Cache, embedder: Embedder) -> None:
     row = next(row for row, (_, text) in enumerate(cache.phrasings) if text == "What are you capable of?")
     vector = embedder.embed("What are you capable of?")
-    similarity, nearest = cache.nearest(vector, 1)[0]
-    assert (nearest, similarity) == (row, pytest.approx(1.0, abs=1e-5))
+    [(similarity, nearest)] = cache.nearest(vector, 1)
+    assert nearest == row
+    assert similarity == pytest.approx(1.0, abs=1e-5)
     without = cache.decide("What are you capable of?", vector, without=row)
     assert without.similarity < 0.999
 
