@@ -36,6 +36,19 @@ def write_json(path: Path, content: object) -> None:
     partial.replace(path)
 
 
+def read_json(path: Path, remedy: str = "fetch the model again") -> dict[str, Any]:
+    """A JSON object from a file; InputError names the file and the place of a fault."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; {remedy}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+        raise InputError(f"{path}: not valid JSON ({fault}); {remedy}") from fault
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a JSON {type(content).__name__} where an object is expected; {remedy}")
+    return content
+
+
 def write_manifest(folder: Path, kind: str, facts: dict[str, Any]) -> None:
     """Seals a folder: lists all its files and states `facts` about them."""
     files = {
@@ -48,18 +61,18 @@ def write_manifest(folder: Path, kind: str, facts: dict[str, Any]) -> None:
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     """Opens a sealed folder: checks its kind and every file's size and SHA-256. Raises InputError on any difference."""
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"no {folder / MANIFEST}: {REMEDY}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
-        raise InputError(f"{folder / MANIFEST}: not valid JSON ({fault}): {REMEDY}") from fault
+    if not (folder / MANIFEST).exists():
+        raise InputError(f"no {folder / MANIFEST}: {REMEDY}")
+    manifest = read_json(folder / MANIFEST, REMEDY)
     found = (manifest.get("kind"), manifest.get("format"))
     if found != (kind, FORMAT_VERSION):
         raise InputError(
             f"{folder}: holds kind {found[0]!r} in format {found[1]!r}, expected {kind!r} in format {FORMAT_VERSION}: "
             f"{REMEDY}"
         )
+    unlisted = sorted({str(name) for name in files_below(folder)} - {*manifest["files"], MANIFEST})
+    if unlisted:
+        raise InputError(f"{folder / unlisted[0]}: not listed in {MANIFEST}; remove it, or {REMEDY}")
     with ThreadPoolExecutor() as pool:
         faults = list(pool.map(lambda entry: _fault(folder / entry[0], entry[1]), manifest["files"].items()))
     for found_fault in filter(None, faults):

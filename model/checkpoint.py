@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.architecture import Architecture
+from model.artifact import read_json
 from model.errors import InputError
 
 
@@ -156,19 +157,6 @@ _GGUF_PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; InputError names the file and the place of a fault."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; a Hugging Face-style model folder has it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
-        raise InputError(f"{path}: not valid JSON ({fault}); fetch it again") from fault
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: a JSON {type(content).__name__} where an object is expected")
-    return content
 
 
 def _open(path: Path) -> Any:

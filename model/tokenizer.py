@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
+from model.artifact import read_json
 from model.errors import InputError
 
 Message = Mapping[str, str]
@@ -30,7 +31,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
         """Reads tokenizer.json and chat.json (template, special tokens, stop tokens) from an artifact."""
-        chat = json.loads((folder / "chat.json").read_text(encoding="utf-8"))
+        chat = read_json(folder / "chat.json")
         fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
         return cls(fast, chat["template"], chat["special"], chat["stop_tokens"])
 
@@ -115,8 +116,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return content
+    return read_json(path) if path.exists() else {}
 
 
 def _token_text(token: str | Mapping[str, str]) -> str:

@@ -1,7 +1,6 @@
 """The pipeline's command line: python -m pipeline run | list | explain | status."""
 
 import argparse
-import logging
 import shutil
 import sys
 import traceback
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from model.errors import InputError
 from pipeline.configs import CONFIGS, named_config, with_settings
-from pipeline.progress import say
+from pipeline.progress import quiet_libraries, say
 from pipeline.stage import ROOT, Build, Outcome
 from pipeline.stages import table
 
@@ -31,8 +30,7 @@ exit codes: 0 done, 1 a gate failed, 2 bad input, 3 a defect of the pipeline its
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; see `EPILOG`."""
     options = _parser().parse_args(arguments)
-    for noisy in ("torchao", "torch.utils._pytree"):  # about GPU kernels and deprecations that do not concern a build
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    quiet_libraries()
     try:
         config = with_settings(named_config(options.config), options.settings)
         folder = Path(options.build) if options.build else ROOT / "build" / options.config

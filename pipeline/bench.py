@@ -8,14 +8,12 @@ with their spread. The last line is JSON.
 
 import argparse
 import json
-import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,18 @@ from model.program import torch_version
 from model.tokenizer import Tokenizer
 from pipeline.bandwidth import read_bandwidth
 from pipeline.gate_latency import measure
+from pipeline.progress import quiet_libraries
 from pipeline.stage import ROOT
 
 PROMPTS = (128, 512)
 OUTPUT_TOKENS = 64
+FIRST_TOKEN = """
+import re, sys
+from serving.__main__ import main
+main(sys.argv[1:])
+print(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+"""Asks for one token, then prints the process's resident memory in kB, mapped weights included."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,11 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repetitions", type=int, default=5, help="interleaved repetitions (default 5)")
     parser.add_argument("--threads", type=int, default=available_cores(), help="default: every core")
     options = parser.parse_args(arguments)
+    quiet_libraries()
     torch.set_num_threads(options.threads)
     engine = Engine.load(options.build / "engine")
     network = float_network(SafetensorsCheckpoint(options.build / "checkpoint"), torch.bfloat16)
     plain = Engine(network, Tokenizer.load(options.build / "engine"), engine.context)
     figures = {f"prompt_{count}": _speeds(engine, plain, count, options.repetitions) for count in PROMPTS}
+    starts = [_start(options.build) for _ in range(options.repetitions)]
     bandwidth = read_bandwidth()
     ceiling = bandwidth / engine.bytes_per_token
     result = {
@@ -60,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
         "model": engine.model_id,
         **figures,
-        "start_to_first_token_s": _spread([_start(options.build) for _ in range(options.repetitions)]),
-        "resident_mb_after": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024, 1),
+        "start_to_first_token_s": _spread([seconds for seconds, _ in starts]),
+        "resident_mb": _spread([resident for _, resident in starts]),
         "read_bandwidth_gb_s": round(bandwidth / 1e9, 2),
         "bytes_per_token": engine.bytes_per_token,
         "decode_ceiling_tokens_s": round(ceiling, 1),
@@ -87,27 +95,12 @@ def _speeds(engine: Engine, plain: Engine, prompt_tokens: int, repetitions: int)
     return {"engine": figures(0), "unquantized_bf16_eager": figures(1), "decode_ratio": ratio}
 
 
-def _start(build: Path) -> float:
-    """Wall seconds from starting a process to its first generated token, everything included."""
-    command = [
-        sys.executable,
-        "-m",
-        "serving",
-        "ask",
-        "I look up.",
-        "--no-cache",
-        "--max-tokens",
-        "1",
-        "--build",
-        str(build),
-    ]
-    return _wall(lambda: subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=os.environ))
-
-
-def _wall(act: Callable[[], object]) -> float:
+def _start(build: Path) -> tuple[float, float]:
+    """Wall seconds from starting a process to its first generated token, and its resident memory then, in MB."""
+    asked = ["ask", "I look up.", "--no-cache", "--max-tokens", "1", "--build", str(build)]
     start = time.perf_counter()
-    act()
-    return time.perf_counter() - start
+    done = subprocess.run([sys.executable, "-c", FIRST_TOKEN, *asked], check=True, capture_output=True, cwd=ROOT)
+    return time.perf_counter() - start, int(done.stdout.split()[-1]) / 1e3
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -128,7 +121,7 @@ def _print_table(result: dict[str, Any]) -> None:
     start = result["start_to_first_token_s"]
     spread = f"({start['least']:.2f} to {start['most']:.2f})"
     print(f"  {'process start to first token, s':60} {start['median']:9.2f}   {spread}")
-    print(f"  {'resident memory of that process, MB':60} {result['resident_mb_after']:9.1f}")
+    print(f"  {'its resident memory, mapped weights included, MB':60} {result['resident_mb']['median']:9.1f}")
     print(f"  {'memory limit of decoding, tokens/s':60} {result['decode_ceiling_tokens_s']:9.1f}")
     print(f"  {'share of it reached':60} {result['ceiling_reached']:9.1%}")
 

@@ -1,5 +1,6 @@
 """Progress of long work: a live bar on a terminal, plain lines (one every few seconds) anywhere else."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -16,6 +17,12 @@ console = Console(stderr=True, highlight=False)
 def say(message: str) -> None:
     """A line for people, on standard error; standard output is for data."""
     console.print(message, markup=False, soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Silences what torchao and torch log at import about GPU kernels and deprecations that do not concern a build."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.artifact import write_json, write_manifest
-from model.checkpoint import SafetensorsCheckpoint, read_json
+from model.artifact import read_json, write_json, write_manifest
+from model.checkpoint import SafetensorsCheckpoint
 from model.errors import InputError
 from model.networks import EMBEDDING, HEAD, source_of
 from model.quantization import pack_nibbles, quantization_error, quantize

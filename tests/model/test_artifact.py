@@ -70,6 +70,11 @@ def test_manifest_digest_follows_the_content(sealed: Path) -> None:
         (lambda folder: (folder / "manifest.json").unlink(), "no .*manifest.json"),
         (lambda folder: (folder / "manifest.json").write_text('{"kind": "bre'), "manifest.json: not valid JSON"),
         (lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe{}"), "manifest.json: not valid JSON"),
+        (
+            lambda folder: (folder / "weights-9.safetensors").touch(),
+            "weights-9.safetensors: not listed in manifest.json",
+        ),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: a JSON list where an object"),
     ],
     ids=["missing", "missing-inner", "truncated", "flipped", "kind", "format", "no-manifest", "cut-json", "not-utf8"],
 )

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.architecture import Architecture
-from model.checkpoint import GgufCheckpoint, SafetensorsCheckpoint, read_json
+from model.artifact import read_json
+from model.checkpoint import GgufCheckpoint, SafetensorsCheckpoint
 from model.errors import InputError
 from tests.conftest import LLAMA31_ROPE, TINY
 from tests.model.conftest import write_random_model
@@ -157,7 +158,7 @@ def test_folder_without_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "config.json: missing; a Hugging Face-style model folder has it"),
+        (None, "config.json: missing; fetch the model again"),
         (b'{"hidden_size": ', "config.json: not valid JSON"),
         (b"\xff\xfe", "config.json: not valid JSON"),
         (b"[1]", "config.json: a JSON list where an object is expected"),

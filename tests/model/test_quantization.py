@@ -34,7 +34,8 @@ def sqnr_db(exact: Tensor, approximate: Tensor) -> float:
 
 def group_errors(exact: Tensor, approximate: Tensor, group: int) -> Tensor:
     error: Tensor = (exact - approximate).unflatten(1, (-1, group))
-    return error.square().sum(dim=2)
+    total: Tensor = error.square().sum(dim=2)
+    return total
 
 
 @pytest.mark.parametrize(("group", "gain_db"), [(32, 1.0), (512, 2.0)], ids=["groups-of-32", "channel-wise"])
