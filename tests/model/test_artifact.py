@@ -76,7 +76,19 @@ def test_manifest_digest_follows_the_content(sealed: Path) -> None:
         ),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: a JSON list where an object"),
     ],
-    ids=["missing", "missing-inner", "truncated", "flipped", "kind", "format", "no-manifest", "cut-json", "not-utf8"],
+    ids=[
+        "missing",
+        "missing-inner",
+        "truncated",
+        "flipped",
+        "kind",
+        "format",
+        "no-manifest",
+        "cut-json",
+        "not-utf8",
+        "unlisted",
+        "list",
+    ],
 )
 def test_every_damage_is_named_with_the_remedy(sealed: Path, damage: Damage, message: str) -> None:
     damage(sealed)
