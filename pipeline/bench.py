@@ -22,11 +22,9 @@ import torch
 from model.checkpoint import SafetensorsCheckpoint
 from model.cpu import available_cores, family
 from model.engine import Engine
-from model.networks import float_network
 from model.program import torch_version
 from model.tokenizer import Tokenizer
 from pipeline.bandwidth import read_bandwidth
-from pipeline.gate_latency import measure
 from pipeline.progress import quiet_libraries
 from pipeline.stage import ROOT
 
@@ -50,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repetitions", type=int, default=5, help="interleaved repetitions (default 5)")
     parser.add_argument("--threads", type=int, default=available_cores(), help="default: every core")
     options = parser.parse_args(arguments)
-    quiet_libraries()
+    quiet_libraries()  # before what imports them
+    from model.networks import float_network
+
     torch.set_num_threads(options.threads)
     engine = Engine.load(options.build / "engine")
     network = float_network(SafetensorsCheckpoint(options.build / "checkpoint"), torch.bfloat16)
@@ -81,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _speeds(engine: Engine, plain: Engine, prompt_tokens: int, repetitions: int) -> dict[str, Any]:
+    from pipeline.gate_latency import measure
+
     random = torch.Generator().manual_seed(0)
     prompts = torch.randint(1000, 10000, (repetitions + 1, prompt_tokens), generator=random).tolist()
     timed = [[measure(model, prompt, OUTPUT_TOKENS) for model in (engine, plain)] for prompt in prompts][1:]
