@@ -8,6 +8,7 @@ take.
 
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,8 +22,19 @@ from pipeline.bandwidth import read_bandwidth
 from pipeline.configs import GateLatencyConfig
 from pipeline.gate_quality import text_windows
 from pipeline.progress import track
-from pipeline.statistics import Interval, bootstrap
+from pipeline.statistics import Interval, bootstrap, column
 from pipeline.verdict import Check, write_report
+
+
+class Compared(NamedTuple):
+    """Both models' times in seconds and their ratios, with intervals."""
+
+    ttft: Interval
+    tpot: Interval
+    plain_ttft: Interval
+    plain_tpot: Interval
+    speedup: Interval
+    ttft_ratio: Interval
 
 
 def run(config: GateLatencyConfig, text: Path, checkpoint: Path, engine_folder: Path, report: Path) -> list[Check]:
@@ -32,60 +44,68 @@ def run(config: GateLatencyConfig, text: Path, checkpoint: Path, engine_folder: 
     network = float_network(SafetensorsCheckpoint(checkpoint), torch.bfloat16)
     unquantized = Engine(network, Tokenizer.load(engine_folder), engine.context)
     prompts = [window.tolist() for window in text_windows(text, engine.tokenizer, config.prompt_tokens)]
+    compared = compare(engine, unquantized, prompts, config)
+    checks = _checks(compared, config)
+    facts = {
+        "engine_manifest": manifest_digest(engine_folder),
+        "threads": torch.get_num_threads(),
+        "prompt_tokens": config.prompt_tokens,
+        "output_tokens": config.output_tokens,
+        "repetitions": config.repetitions,
+    }
+    write_report(report, "latency", checks, **facts, **_figures(compared, engine.bytes_per_token))
+    return checks
+
+
+def compare(engine: Engine, unquantized: Engine, prompts: list[list[int]], config: GateLatencyConfig) -> Compared:
+    """Times both models on each prompt in turn, after a warm-up."""
     for warmed in (engine, unquantized):
         measure(warmed, prompts[0], 4)
+    repeated = [prompts[index % len(prompts)] for index in range(config.repetitions)]
     samples = [
         [value for model in (engine, unquantized) for value in measure(model, prompt, config.output_tokens)]
-        for prompt in track([prompts[i % len(prompts)] for i in range(config.repetitions)], "timing both models")
+        for prompt in track(repeated, "timing both models")
     ]
 
-    def interval(numerator: int, denominator: int | None = None) -> Interval:
-        if denominator is None:
-            return bootstrap(lambda mean: mean[..., numerator], samples, config.confidence)
-        return bootstrap(lambda mean: mean[..., numerator] / mean[..., denominator], samples, config.confidence)
+    statistics = (column(0), column(1), column(2), column(3), column(3, over=1), column(0, over=2))
+    return Compared(*(bootstrap(statistic, samples, config.confidence) for statistic in statistics))
 
-    ttft, tpot, plain_ttft, plain_tpot = (interval(column) for column in range(4))
-    speedup, ttft_ratio = interval(3, 1), interval(0, 2)
+
+def _checks(compared: Compared, config: GateLatencyConfig) -> list[Check]:
+    speedup, ratio = compared.speedup.lower, compared.ttft_ratio.upper
     checks = [
-        Check(
-            name="decode speedup, lower limit", value=speedup.lower, limit=config.decode_speedup_min, bound="at least"
-        ),
-        Check(name="TTFT ratio, upper limit", value=ttft_ratio.upper, limit=config.ttft_ratio_max, bound="at most"),
+        Check(name="decode speedup, lower limit", value=speedup, limit=config.decode_speedup_min, bound="at least"),
+        Check(name="TTFT ratio, upper limit", value=ratio, limit=config.ttft_ratio_max, bound="at most"),
     ]
-    for name, seconds, limit in (("TTFT", ttft, config.ttft_ms_max), ("TPOT", tpot, config.tpot_ms_max)):
+    absolute = (("TTFT", compared.ttft, config.ttft_ms_max), ("TPOT", compared.tpot, config.tpot_ms_max))
+    for name, seconds, limit in absolute:
         if limit is not None:
-            checks.append(
-                Check(name=f"{name} ms, upper limit", value=1e3 * seconds.upper, limit=limit, bound="at most")
-            )
-    bytes_per_token, bandwidth = engine.bytes_per_token, read_bandwidth()
-    write_report(
-        report,
-        "latency",
-        checks,
-        engine_manifest=manifest_digest(engine_folder),
-        threads=torch.get_num_threads(),
-        prompt_tokens=config.prompt_tokens,
-        output_tokens=config.output_tokens,
-        repetitions=config.repetitions,
-        ttft_s=ttft.rounded(),
-        tpot_s=tpot.rounded(),
-        decode_tokens_per_s=round(1 / tpot.value, 2),
-        unquantized={
+            milliseconds = 1e3 * seconds.upper
+            checks.append(Check(name=f"{name} ms, upper limit", value=milliseconds, limit=limit, bound="at most"))
+    return checks
+
+
+def _figures(compared: Compared, bytes_per_token: int) -> dict[str, Any]:
+    bandwidth = read_bandwidth()
+    return {
+        "ttft_s": compared.ttft.rounded(),
+        "tpot_s": compared.tpot.rounded(),
+        "decode_tokens_per_s": round(1 / compared.tpot.value, 2),
+        "unquantized": {
             "what": "bf16, eager torch",
-            "ttft_s": plain_ttft.rounded(),
-            "tpot_s": plain_tpot.rounded(),
-            "decode_tokens_per_s": round(1 / plain_tpot.value, 2),
+            "ttft_s": compared.plain_ttft.rounded(),
+            "tpot_s": compared.plain_tpot.rounded(),
+            "decode_tokens_per_s": round(1 / compared.plain_tpot.value, 2),
         },
-        decode_speedup=speedup.rounded(4),
-        ttft_ratio=ttft_ratio.rounded(4),
-        ceiling={
+        "decode_speedup": compared.speedup.rounded(4),
+        "ttft_ratio": compared.ttft_ratio.rounded(4),
+        "ceiling": {
             "read_bandwidth_gb_s": round(bandwidth / 1e9, 2),
             "bytes_per_token": bytes_per_token,
             "decode_tokens_per_s": round(bandwidth / bytes_per_token, 1),
-            "reached": round(bytes_per_token / tpot.value / bandwidth, 4),
+            "reached": round(bytes_per_token / compared.tpot.value / bandwidth, 4),
         },
-    )
-    return checks
+    }
 
 
 def measure(engine: Engine, prompt: list[int], output_tokens: int) -> tuple[float, float]:

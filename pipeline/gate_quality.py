@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from model.artifact import manifest_digest
@@ -21,7 +20,7 @@ from model.networks import Int4Folder, float_network, quantized_network
 from model.tokenizer import Tokenizer
 from pipeline.configs import GateQualityConfig
 from pipeline.progress import track
-from pipeline.statistics import bootstrap
+from pipeline.statistics import bootstrap, column
 from pipeline.verdict import Check, write_report
 
 DOCUMENT_BREAK = "<|document|>"
@@ -42,8 +41,8 @@ def run(config: GateQualityConfig, text: Path, checkpoint: Path, int4: Path, rep
             for tokens in track(windows, "comparing windows")
         ]
     per_window = torch.stack([tokens.mean(dim=0) for tokens in compared]).tolist()
-    kl = bootstrap(_mean_of(0), per_window, config.confidence)
-    top1 = bootstrap(_mean_of(1), per_window, config.confidence)
+    kl = bootstrap(column(0), per_window, config.confidence)
+    top1 = bootstrap(column(1), per_window, config.confidence)
     ratio = bootstrap(lambda mean: np.exp(mean[..., 3] - mean[..., 2]), per_window, config.confidence)
     perplexity = bootstrap(lambda mean: np.exp(mean[..., 2]), per_window, config.confidence)
     checks = [
@@ -72,7 +71,7 @@ def run(config: GateQualityConfig, text: Path, checkpoint: Path, int4: Path, rep
 
 
 def text_windows(text: Path, tokenizer: Tokenizer, window: int) -> list[Tensor]:
-    """Full windows of token ids, each within one document of the text, longest use of it first come first."""
+    """Full windows of token ids, each within one document of the text, in its order."""
     documents = text.read_text(encoding="utf-8").split(DOCUMENT_BREAK)
     pieces = [piece for part in documents for piece in torch.tensor(tokenizer.encode(part.strip())).split(window)]
     return [piece for piece in pieces if len(piece) == window]
@@ -86,14 +85,3 @@ def compare_logits(reference_TV: Tensor, quantized_TV: Tensor, tokens_T: Tensor)
     kl = (p.exp() * (p - q)).sum(dim=-1)
     agree = (p.argmax(dim=-1) == q.argmax(dim=-1)).double()
     return torch.stack([kl, agree, -p.gather(1, next_T1)[:, 0], -q.gather(1, next_T1)[:, 0]], dim=1)
-
-
-class _mean_of:
-    """The statistic that is one measurement's mean."""
-
-    def __init__(self, column: int) -> None:
-        self._column = column
-
-    def __call__(self, mean: NDArray[np.float64]) -> NDArray[np.float64]:
-        column: NDArray[np.float64] = mean[..., self._column]
-        return column

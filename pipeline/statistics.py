@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta
 
+Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""Takes mean measurements [..., M] to values [...]."""
 RESAMPLES = 4000
 SEED = 20260101
 """Fixed, so that a report is reproducible from the same measurements."""
@@ -34,15 +36,24 @@ def share_lower(k: int, n: int, confidence: float) -> float:
     return 0.0 if k == 0 else float(beta.ppf(1 - confidence, k, n - k + 1))
 
 
+def column(index: int, over: int | None = None) -> Statistic:
+    """The statistic that is one measurement's mean, or its ratio to another's."""
+
+    def statistic(mean: NDArray[np.float64]) -> NDArray[np.float64]:
+        value: NDArray[np.float64] = mean[..., index] if over is None else mean[..., index] / mean[..., over]
+        return value
+
+    return statistic
+
+
 def bootstrap(
-    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    statistic: Statistic,
     blocks: Sequence[Sequence[float]],
     confidence: float,
 ) -> Interval:
     """Percentile bootstrap over independent blocks (Efron 1979).
 
-    `blocks` [B, M]: M measurements for each of B blocks. `statistic` maps mean measurements [..., M] to [...], so that
-    a ratio is a ratio of means.
+    `blocks` [B, M]: M measurements for each of B blocks. A statistic sees means, so a ratio is a ratio of means.
     """
     data = np.asarray(blocks, dtype=np.float64)
     picks = np.random.default_rng(SEED).integers(0, len(data), size=(RESAMPLES, len(data)))

@@ -1,5 +1,6 @@
 """The HTTP interface of a real server process on loopback."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -40,11 +41,9 @@ def port(embedded_build: Path) -> Iterator[int]:
 def wait_until_ready(port: int, server: "subprocess.Popen[bytes]") -> None:
     for _ in range(600):
         assert server.poll() is None, "the server ended"
-        try:
+        with contextlib.suppress(OSError):  # not listening yet
             if call(port, "GET", "/health/ready")[0] == 200:
                 return
-        except OSError:
-            pass
         time.sleep(0.1)
     raise AssertionError("the server was not ready within a minute")
 
