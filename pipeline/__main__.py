@@ -1,21 +1,25 @@
-"""The pipeline's command line: python -m pipeline run | list | explain | status."""
+"""The pipeline's command line: python -m pipeline run | list | settings | explain | status."""
 
 import argparse
 import shutil
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 from rich.console import Console
 from rich.table import Table
 
 from model.errors import InputError
-from pipeline.configs import CONFIGS, named_config, with_settings
+from model.fields import describe
+from pipeline.configs import CONFIGS, Config, named_config, with_settings
 from pipeline.progress import quiet_libraries, say
 from pipeline.stage import ROOT, Build, Outcome
 from pipeline.stages import table
 
+STAGES = [field.name for field in fields(Config)]
 DONE, GATE_FAILED, BAD_INPUT, CRASHED = 0, 1, 2, 3
 
 EPILOG = """examples:
@@ -73,6 +77,16 @@ def list_stages(build: Build, _options: argparse.Namespace) -> int:
     return DONE
 
 
+def settings(build: Build, _options: argparse.Namespace) -> int:
+    """Prints every field that --set can change, its value and what it may be."""
+    rows = Table("field", "value", "may be", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for stage in build.stages:
+        for name, annotation in get_type_hints(type(stage.config), include_extras=True).items():
+            rows.add_row(f"{stage.name}.{name}", str(getattr(stage.config, name)), describe(annotation))
+    Console(width=_width()).print(rows)
+    return DONE
+
+
 def explain(build: Build, options: argparse.Namespace) -> int:
     """Prints why a stage would run, and every reason."""
     reasons = build.reasons(build.stage(options.stage))
@@ -125,13 +139,14 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="STAGE.FIELD=VALUE",
-        help="change one field; repeatable",
+        help="change one field; repeatable; the command settings lists them",
     )
     common.add_argument("--build", metavar="FOLDER", help="where to build (default: build/NAME)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command, name, what in (
         (run, "run", "bring stages up to date"),
         (list_stages, "list", "print the stages, what they read and write"),
+        (settings, "settings", "print every field that --set can change, and its range"),
         (explain, "explain", "say why a stage would run"),
         (status, "status", "say where every stage stands"),
     ):
@@ -139,7 +154,10 @@ def _parser() -> argparse.ArgumentParser:
         chosen.set_defaults(command=command)
         if command is run:
             chosen.add_argument(
-                "stages", nargs="*", metavar="STAGE", help="only these and what they need (default: all)"
+                "stages",
+                nargs="*",
+                metavar="STAGE",
+                help=f"only these and what they need (default: all): {', '.join(STAGES)}",
             )
             chosen.add_argument("--force", action="store_true", help="run them even if nothing changed")
         if command is explain:

@@ -90,3 +90,12 @@ def test_data_goes_to_stdout_and_talk_to_stderr(tree: Path) -> None:
     ended = cli("run", folder=tree)
     assert ended.out == ""
     assert "join: Joins the notes." in ended.err
+
+
+def test_settings_shows_every_field_with_what_it_may_be(tree: Path) -> None:
+    ended = cli("settings", "--set", "savings.reply_tokens=7", folder=tree)
+    assert ended.code == 0
+    lines = [line.split(maxsplit=2) for line in ended.out.splitlines()]
+    assert ["count.reply_tokens", "7", "a whole number of at least 1"] in [
+        [part.strip() for part in line] for line in lines
+    ]
