@@ -66,9 +66,10 @@ def chat(settings: Settings, options: argparse.Namespace) -> int:
         elif said.startswith("/"):
             print(CHAT_HELP, file=sys.stderr)
         elif said:
-            conversation.append({"role": "user", "content": said})
-            text = _answer_turn(storyteller, conversation, options)
-            conversation.append({"role": "assistant", "content": text})
+            asked = [*conversation, {"role": "user", "content": said}]
+            text = _answer_turn(storyteller, asked, options)
+            if text is not None:
+                conversation = [*asked, {"role": "assistant", "content": text}]
     return 0
 
 
@@ -95,12 +96,13 @@ def serve(settings: Settings, _options: argparse.Namespace) -> int:
     return 0
 
 
-def _answer_turn(storyteller: Storyteller, conversation: list[Message], options: argparse.Namespace) -> str:
+def _answer_turn(storyteller: Storyteller, conversation: list[Message], options: argparse.Namespace) -> str | None:
+    """Prints the reply and returns its text; None if the message was refused, which leaves the conversation as it was."""
     try:
         reply = storyteller.reply(conversation, _sampling(options), use_cache=not options.no_cache)
     except InputError as fault:
         print(f"error: {fault}", file=sys.stderr)
-        return ""
+        return None
     if reply.dropped_turns:
         print(f"(the first {reply.dropped_turns} messages no longer fit and are forgotten)", file=sys.stderr)
     return _print_reply(reply)

@@ -46,6 +46,17 @@ def test_chat_holds_a_conversation(
     assert "[model: " in said.err
 
 
+def test_a_refused_message_leaves_the_conversation_as_it_was(
+    embedded_build: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'wizard ' * 3000}\nI pat the lion.\n/quit\n"))
+    assert main(["chat", "--max-tokens", "4", "--build", str(embedded_build)]) == 0
+    said = capsys.readouterr()
+    assert "error: the message is too long" in said.err
+    assert "[model: " in said.err
+    assert "forgotten" not in said.err
+
+
 def test_nothing_built_names_the_folder_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ask", "hello", "--build", str(tmp_path)]) == 2
     assert f'no {tmp_path}/cache: run "make pipeline"' in capsys.readouterr().err
