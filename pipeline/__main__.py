@@ -15,8 +15,9 @@ from rich.table import Table
 from model.errors import InputError
 from model.fields import describe
 from pipeline.configs import CONFIGS, Config, named_config, with_settings
+from pipeline.fingerprint import ROOT
 from pipeline.progress import quiet_libraries, say
-from pipeline.stage import ROOT, Build, Outcome
+from pipeline.stage import Build, Outcome
 from pipeline.stages import table
 
 STAGES = [field.name for field in fields(Config)]

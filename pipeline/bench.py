@@ -25,8 +25,8 @@ from model.engine import Engine
 from model.program import torch_version
 from model.tokenizer import Tokenizer
 from pipeline.bandwidth import read_bandwidth
+from pipeline.fingerprint import ROOT
 from pipeline.progress import quiet_libraries
-from pipeline.stage import ROOT
 
 PROMPTS = (128, 512)
 OUTPUT_TOKENS = 64

@@ -97,7 +97,7 @@ def serve(settings: Settings, _options: argparse.Namespace) -> int:
 
 
 def _answer_turn(storyteller: Storyteller, conversation: list[Message], options: argparse.Namespace) -> str | None:
-    """Prints the reply and returns its text; None if the message was refused, which leaves the conversation as it was."""
+    """Prints the reply and returns its text; None if the message was refused, so that it is not remembered."""
     try:
         reply = storyteller.reply(conversation, _sampling(options), use_cache=not options.no_cache)
     except InputError as fault:

@@ -12,7 +12,8 @@ import pytest
 
 from model.errors import InputError
 from pipeline.configs import ReportConfig
-from pipeline.stage import Stage, check_table, imports_of
+from pipeline.fingerprint import imports_of
+from pipeline.stage import Stage, check_table
 from tests.conftest import ROOT
 from tests.pipeline.conftest import cli, environment
 
