@@ -60,7 +60,6 @@ def compile_programs(tensors: dict[str, Tensor], arch: Architecture, context: in
 
     `tensors` are the engine's packed weights; only their shapes and forms matter. Needs g++.
     """
-    _require_compiler()
     slots = torch.export.Dim("slots", min=SLOTS_STEP, max=context)
     tokens = torch.export.Dim("tokens", min=2, max=PREFILL_TOKENS)
     layer = _layer_arguments(tensors, 0)
@@ -76,16 +75,24 @@ def compile_programs(tensors: dict[str, Tensor], arch: Architecture, context: in
         }
         cache = torch.zeros(2, 4 * SLOTS_STEP, arch.kv_heads, arch.head_dim)
         new = (torch.zeros(count, arch.hidden), torch.zeros(count, 2, arch.head_dim), torch.arange(count))
-        _compile(_Layer(arch.norm_eps), (*new, *cache, *layer), shapes, folder / f"{name}.pt2")
+        compile_module(_Layer(arch.norm_eps), (*new, *cache, *layer), shapes, folder / f"{name}.pt2")
     head = weight_named("head", tensors)
     arguments = (torch.zeros(1, arch.hidden), tensors["norm"], *_fields(head))
-    _compile(_Head(arch.norm_eps, type(head)), arguments, None, folder / "head.pt2")
+    compile_module(_Head(arch.norm_eps, type(head)), arguments, None, folder / "head.pt2")
 
 
 def compile_module(module: torch.nn.Module, arguments: tuple[Tensor, ...], shapes: Any, path: Path) -> None:
-    """Exports a module and packages its native code for this CPU's family at `path` (a .pt2 file)."""
+    """Exports a module and packages its native code for this CPU's family at `path` (a .pt2 file). Needs g++."""
     _require_compiler()
-    _compile(module, arguments, shapes, path)
+    from torch._inductor import aoti_compile_and_package
+
+    target = family()
+    # Otherwise reductions are compiled for this machine's number of threads, and more of them overrun their buffers.
+    options = {"cpp.dynamic_threads": True, **({"cpp.march": target} if target.startswith("x86-64") else {})}
+    with torch.no_grad(), warnings.catch_warnings(), _compiler_scratch():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytree classes
+        exported = torch.export.export(module.eval(), arguments, dynamic_shapes=shapes)
+        aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
 
 
 def load_program(path: Path) -> Program:
@@ -153,18 +160,6 @@ def _unflatten(arguments: Sequence[Tensor]) -> LayerWeights:
 
 def _fields(weight: Weight) -> list[Tensor]:
     return [field for field in weight if isinstance(field, Tensor)]
-
-
-def _compile(module: torch.nn.Module, arguments: tuple[Tensor, ...], shapes: Any, path: Path) -> None:
-    from torch._inductor import aoti_compile_and_package
-
-    target = family()
-    # Otherwise reductions are compiled for this machine's number of threads, and more of them overrun their buffers.
-    options = {"cpp.dynamic_threads": True, **({"cpp.march": target} if target.startswith("x86-64") else {})}
-    with torch.no_grad(), warnings.catch_warnings(), _compiler_scratch():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytree classes
-        exported = torch.export.export(module.eval(), arguments, dynamic_shapes=shapes)
-        aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
 
 
 @contextmanager

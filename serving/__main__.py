@@ -158,13 +158,15 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--build", metavar="FOLDER", help="a build folder (default: EMERALD_BUILD or build/embedded)")
     sampled = argparse.ArgumentParser(add_help=False)
-    sampled.add_argument("--temperature", type=float, help="0 to 2; 0 always takes the likeliest token (default 0.7)")
     sampled.add_argument(
-        "--top-p", type=float, help="keep the likeliest tokens up to this total probability (default 0.95)"
+        "--temperature", type=float, help=f"0 to 2; 0 always takes the likeliest token (default {Sampling.temperature})"
+    )
+    sampled.add_argument(
+        "--top-p", type=float, help=f"keep the likeliest tokens up to this total probability (default {Sampling.top_p})"
     )
     sampled.add_argument("--top-k", type=int, help="keep this many of the likeliest tokens (default: all)")
     sampled.add_argument("--seed", type=int, help="makes a reply repeatable")
-    sampled.add_argument("--max-tokens", type=int, help="longest reply (default 256)")
+    sampled.add_argument("--max-tokens", type=int, help=f"longest reply (default {Sampling.max_tokens})")
     sampled.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     sampled.add_argument("--no-cache", action="store_true", help="always ask the model")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -55,9 +55,9 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
-    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    top_k: Annotated[int, Field(ge=0)] = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
     seed: int | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -221,14 +221,9 @@ def _sampling(request: ChatRequest, settings: Settings) -> Sampling:
     if longest > settings.reply_tokens_max:
         raise InputError(f"max_tokens = {longest}: this server generates at most {settings.reply_tokens_max} tokens")
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    return Sampling(
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        seed=request.seed,
-        max_tokens=longest,
-        stop=tuple(stop),
-    )
+    fields = {name: getattr(request, name) for name in ("temperature", "top_p", "top_k", "seed")}
+    given = {name: value for name, value in fields.items() if value is not None}
+    return Sampling(**given, max_tokens=longest, stop=tuple(stop))
 
 
 def _origin_headers(reply: Reply) -> dict[str, str]:

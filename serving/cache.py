@@ -90,13 +90,14 @@ class Cache:
 
     def decide(self, question: str, vector: Vector, without: int | None = None) -> Hit | Miss:
         """The semantic tier's decision; `without` leaves one phrasing (a row of `phrasings`) out of the index."""
-        near = [(score, row) for score, row in self.nearest(vector, self.policy["neighbours"] + 1) if row != without]
+        neighbours, read = self.policy["neighbours"], lowered(question)
+        near = [(score, row) for score, row in self.nearest(vector, neighbours + 1) if row != without][:neighbours]
         similarity, row = near[0]
         entry, _ = self.phrasings[row]
         if similarity < self.policy["threshold"]:
             return Miss(reason="nothing is near enough", nearest=entry, similarity=similarity)
         for guard in GUARDS.values():
-            if reason := guard(lowered(question), self._intents[entry]):
+            if reason := guard(read, self._intents[entry]):
                 return Miss(reason=reason, nearest=entry, similarity=similarity)
         rival = next((score for score, other in near if self.phrasings[other][0] != entry), -1.0)
         if similarity - rival < self.policy["margin"]:
