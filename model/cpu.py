@@ -1,4 +1,7 @@
-"""Which CPU this is, as far as compiled programs and packed weights care."""
+"""Which CPU this is, and which instructions a program compiled for a CPU family may use.
+
+A family is a base and the features beyond it that our kernels use, such as "x86-64-v4+vnni" or "aarch64+bf16+i8mm".
+"""
 
 import os
 import platform
@@ -9,6 +12,14 @@ X86_LEVELS = {
     "x86-64-v3": {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"},
 }
 """Micro-architecture levels of the x86-64 psABI, best first, by the flags that set each apart."""
+COMPILER_FLAGS = {
+    "x86-64-v4+vnni": ("-march=x86-64-v4", "-mavx512vnni"),
+    "x86-64-v4": ("-march=x86-64-v4",),
+    "x86-64-v3": ("-march=x86-64-v3",),
+    "aarch64+bf16+i8mm": ("-march=armv8.2-a+dotprod+fp16+bf16+i8mm",),
+    "aarch64": ("-march=armv8.2-a+dotprod+fp16",),
+}
+"""What can be compiled for, and how: AVX-512 with and without VNNI, AVX2; Graviton 3 and Cobalt, Graviton 2."""
 
 
 def features() -> frozenset[str]:
@@ -22,19 +33,20 @@ def features() -> frozenset[str]:
 
 
 def family() -> str:
-    """The most capable family this CPU belongs to: "x86-64-v4", "aarch64+bf16+i8mm", "aarch64"."""
+    """The most capable family this CPU belongs to; one that is not in `COMPILER_FLAGS` is not supported."""
     found = features()
     if platform.machine() == "x86_64":
-        return next((level for level, flags in X86_LEVELS.items() if flags <= found), "x86-64")
-    return "+".join([platform.machine(), *(name for name in ("bf16", "i8mm") if name in found)])
+        level = next((level for level, flags in X86_LEVELS.items() if flags <= found), "x86-64")
+        return f"{level}+vnni" if level == "x86-64-v4" and "avx512_vnni" in found else level
+    return f"{platform.machine()}+bf16+i8mm" if {"bf16", "i8mm"} <= found else platform.machine()
 
 
 def runs(compiled_for: str) -> bool:
     """Whether this CPU executes programs compiled for that family."""
-    here = family()
-    if here.startswith("x86-64") and compiled_for.startswith("x86-64"):
-        return compiled_for <= here
-    return compiled_for.split("+")[0] == here.split("+")[0] and set(compiled_for.split("+")) <= set(here.split("+"))
+    base, *wanted = compiled_for.split("+")
+    here, *found = family().split("+")
+    older = here.startswith("x86-64") and base.startswith("x86-64") and base <= here
+    return (base == here or older) and set(wanted) <= set(found)
 
 
 def available_cores() -> int:

@@ -1,26 +1,29 @@
-"""Text from tokens: prefill, decode, sampling and stopping for one conversation at a time.
+"""Text from tokens: prefill, decode, sampling and stopping, for any number of conversations at once.
 
-The engine keeps the KV cache of the last sequence, so a prompt that begins like the previous one (the persona, the
-conversation so far) is only prefilled from where it differs.
+`Engine.generate` yields one reply. Underneath, `open` begins a reply and `step` moves any set of open replies on by one
+forward pass: each either has a piece of its prompt computed or gains a token. A reply's text does not depend on which
+others are in the step.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from model.errors import InputError
-from model.llama import KVCache, Model, rotary_table
-from model.program import PREFILL_TOKENS, SLOTS_STEP, CompiledModel
+from model.kv_cache import PAGE, Pages, Place, TokenSequence, new_caches
+from model.llama import Model, rotary_table
+from model.program import CompiledModel
 from model.sampling import Sampler, Sampling
 from model.tokenizer import TextStream, Tokenizer
 
 FinishReason = Literal["stop", "length"]
+STEP_TOKENS = 512
+"""Most tokens that one forward pass computes; longer prompts go through in pieces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,94 +36,192 @@ class Piece:
     finish_reason: FinishReason | None = None
 
 
-class Engine:
-    """Runs one model; not thread-safe, one generation at a time."""
+class Reply:
+    """A reply in progress; made by `Engine.open`, moved on by `Engine.step`, given up by `Engine.close`."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, context: int) -> None:
+    def __init__(self, sequence: TokenSequence, sampling: Sampling, limit: int, tokenizer: Tokenizer) -> None:
+        self.sequence = sequence
+        self.tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self._limit, self._stop_tokens = limit, tokenizer.stop_tokens
+        self._sampler = Sampler(sampling, sequence.tokens)
+        self._stream, self._gate = TextStream(tokenizer), StopGate(sampling.stop)
+
+    def advance(self, logits_V: Tensor) -> Piece:
+        """Draws the next token and gives the text it completes."""
+        token = self._sampler.next_token(logits_V)
+        if token in self._stop_tokens:
+            return self._end(self._gate.flush(self._stream.flush()), "stop")
+        self.sequence.tokens.append(token)
+        self.tokens += 1
+        text = self._gate.push(self._stream.push(token))
+        if self._gate.stopped:
+            return self._end(text, "stop")
+        if self.tokens < self._limit:
+            return Piece(text=text, tokens=self.tokens)
+        text += self._gate.flush(self._stream.flush())
+        return self._end(text, "stop" if self._gate.stopped else "length")
+
+    def _end(self, text: str, reason: FinishReason) -> Piece:
+        self.finish_reason = reason
+        return Piece(text=text, tokens=self.tokens, finish_reason=reason)
+
+
+class Engine:
+    """Runs one model; not thread-safe. `sequences` full contexts fit its KV cache at once, or more that are shorter."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, context: int, sequences: int = 2) -> None:
         self.model_id = "unnamed"
         self.tokenizer = tokenizer
         self.context = context
-        self.reused_tokens = 0
         self._model = model
-        arch = model.architecture
-        slots = -(-context // SLOTS_STEP) * SLOTS_STEP
-        self._rotary = rotary_table(arch, slots)
-        self._cache = [
-            KVCache(*torch.zeros(2, slots, arch.kv_heads, arch.head_dim, dtype=model.dtype)) for _ in range(arch.layers)
-        ]
-        self._cached: list[int] = []
+        self._pages = Pages(sequences * -(-context // PAGE))
+        self._rotary = rotary_table(model.architecture, context)
+        self._laid_out: tuple[object, tuple[Any, ...]] = (None, ())
+        self._caches = new_caches(model.architecture, self._pages.count, model.kv_dtype)
 
     @classmethod
-    def load(cls, folder: Path) -> "Engine":
+    def load(cls, folder: Path, sequences: int = 2) -> "Engine":
         """Opens an exported engine folder (kind "engine"): verified, memory-mapped, nothing compiled."""
         model = CompiledModel(folder)
-        engine = cls(model, Tokenizer.load(folder), model.manifest["context"])
+        engine = cls(model, Tokenizer.load(folder), model.manifest["context"], sequences)
         engine.model_id = model.manifest["model_id"]
         return engine
-
-    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Piece]:
-        """Yields the reply piece by piece as it is generated. Raises InputError if the prompt leaves no room."""
-        if not prompt:
-            raise InputError("the prompt is empty; give at least one token")
-        if len(prompt) >= self.context:
-            raise InputError(
-                f"the prompt has {len(prompt)} tokens, and the context holds {self.context} with the reply: shorten it"
-            )
-        return self._reply(list(prompt), sampling)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that decoding one token reads: all but the embedding table."""
         return self._model.bytes_per_token
 
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Piece]:
+        """Yields the reply piece by piece as it is generated. Raises InputError if the prompt leaves no room."""
+        return self._pieces(self.open(prompt, sampling))
+
+    def open(self, prompt: Sequence[int], sampling: Sampling) -> Reply:
+        """Begins a reply and reserves the cache for all of it; `close` it in the end.
+
+        Raises InputError if the prompt is empty or leaves no room, CacheFullError if others must end first.
+        """
+        self._check(prompt, self.context - 1)
+        limit = min(sampling.max_tokens, self.context - len(prompt))
+        return Reply(self.begin(prompt, len(prompt) + limit), sampling, limit, self.tokenizer)
+
+    def step(self, replies: Sequence[Reply]) -> list[Piece | None]:
+        """One forward pass; a piece for each reply that gained a token, None while its prompt is not through."""
+        pending = [reply.sequence for reply in replies]
+        logits = self.advance(pending)
+        return [
+            None if logits_V is None else reply.advance(logits_V)
+            for reply, logits_V in zip(replies, logits, strict=True)
+        ]
+
+    def close(self, reply: Reply) -> None:
+        """Ends a reply, finished or not; what it computed stays known for prompts that begin like it."""
+        self.end(reply.sequence)
+
     def forget(self) -> None:
-        """Drops the cached sequence, so that the next prompt is computed from its first token."""
-        self._cached = []
+        """Drops what ended sequences left, so that the next prompt is computed from its first token."""
+        self._pages.forget()
+
+    def greedy(self, prompt: Sequence[int], tokens: int) -> Iterator[int]:
+        """The likeliest continuation, of that many tokens whatever they are: for measurements."""
+        sequence = self.begin(prompt, len(prompt) + tokens)
+        try:
+            for _ in range(tokens):
+                logits_V = None
+                while logits_V is None:
+                    (logits_V,) = self.advance([sequence])
+                sequence.tokens.append(int(logits_V.argmax()))
+                yield sequence.tokens[-1]
+        finally:
+            self.end(sequence)
 
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
-        """Logits [V] of the token that follows `tokens`, computing only what the cache does not hold."""
-        self.reused_tokens = self._shared_prefix(tokens)
-        start = self.reused_tokens
-        self._cached = list(tokens[:start])
+        """Logits [V] of the token that follows `tokens`."""
+        self._check(tokens, self.context)
+        sequence = self.begin(tokens, len(tokens))
+        try:
+            while True:
+                (logits_V,) = self.advance([sequence])
+                if logits_V is not None:
+                    return logits_V
+        finally:
+            self.end(sequence)
+
+    def begin(self, tokens: Sequence[int], room: int) -> TokenSequence:
+        """A sequence with room for that many tokens in all, sharing what is known of its beginning."""
+        return self._pages.open(tokens, room)
+
+    def end(self, sequence: TokenSequence) -> None:
+        """Gives the sequence's room back."""
+        self._pages.close(sequence)
+
+    def advance(self, sequences: Sequence[TokenSequence]) -> list[Tensor | None]:
+        """Computes tokens that sequences have and the cache has not, at most STEP_TOKENS together, the fewest first.
+
+        Returns for each the logits [V] of the token that follows its last, or None while some are left.
+        """
+        shares = _shares([len(sequence.tokens) - sequence.computed for sequence in sequences])
         with torch.inference_mode():
-            while start < len(tokens):
-                piece = torch.tensor(tokens[start : start + PREFILL_TOKENS])
-                x_TD = self._forward(piece, start)
-                start += len(piece)
-                self._cached += piece.tolist()
-            return self._model.head(x_TD[-1:])[0]
+            x_TD = self._forward(sequences, shares)
+            lasts, logits = [], dict[int, Tensor]()
+            for row, (sequence, share) in enumerate(zip(sequences, shares, strict=True)):
+                sequence.computed += share
+                self._pages.publish(sequence)
+                if sequence.computed == len(sequence.tokens):
+                    lasts.append((row, sum(shares[: row + 1]) - 1))
+            if lasts:
+                chosen = [last for _, last in lasts]
+                logits_BV = self._model.head(x_TD if len(chosen) == len(x_TD) else x_TD[chosen])
+                logits = {row: logits_V for (row, _), logits_V in zip(lasts, logits_BV, strict=True)}
+        return [logits.get(row) for row in range(len(sequences))]
 
-    def _reply(self, tokens: list[int], sampling: Sampling) -> Iterator[Piece]:
-        sampler, stream, gate = Sampler(sampling), TextStream(self.tokenizer), StopGate(sampling.stop)
-        limit = min(sampling.max_tokens, self.context - len(tokens))
-        for count in range(1, limit + 1):
-            token = sampler.next_token(self.next_logits(tokens))
-            if token in self.tokenizer.stop_tokens:
-                yield Piece(text=gate.flush(stream.flush()), tokens=count - 1, finish_reason="stop")
-                return
-            tokens.append(token)
-            text = gate.push(stream.push(token))
-            if gate.stopped:
-                yield Piece(text=text, tokens=count, finish_reason="stop")
-                return
-            if count < limit:
-                yield Piece(text=text, tokens=count)
-        text += gate.flush(stream.flush())
-        yield Piece(text=text, tokens=limit, finish_reason="stop" if gate.stopped else "length")
+    def _pieces(self, reply: Reply) -> Iterator[Piece]:
+        try:
+            while reply.finish_reason is None:
+                (piece,) = self.step([reply])
+                if piece is not None:
+                    yield piece
+        finally:
+            self.close(reply)
 
-    def _forward(self, tokens_T: Tensor, start: int) -> Tensor:
-        end = start + len(tokens_T)
-        slots = -(-end // SLOTS_STEP) * SLOTS_STEP
-        positions_T, rotary_T2H = torch.arange(start, end), self._rotary[start:end]
-        x_TD = self._model.embed(tokens_T)
-        for index, (keys, values) in enumerate(self._cache):
-            x_TD = self._model.layer(index, x_TD, rotary_T2H, positions_T, KVCache(keys[:slots], values[:slots]))
+    def _forward(self, sequences: Sequence[TokenSequence], shares: Sequence[int]) -> Tensor:
+        tokens, positions = list[int](), list[int]()
+        for sequence, share in zip(sequences, shares, strict=True):
+            span = range(sequence.computed, sequence.computed + share)
+            tokens += sequence.tokens[span.start : span.stop]
+            positions += span
+        x_TD = self._model.embed(torch.tensor(tokens))
+        place = Place(self._rotary, torch.tensor(positions), *self._layout(sequences, shares))
+        for index, cache in enumerate(self._caches):
+            x_TD = self._model.layer(index, x_TD, place, cache)
         return x_TD
 
-    def _shared_prefix(self, tokens: Sequence[int]) -> int:
-        """How many leading tokens the cache already holds; the last token is always computed, for its logits."""
-        pairs = zip(self._cached, tokens[:-1], strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    def _layout(self, sequences: Sequence[TokenSequence], shares: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Rows [T] and tables [B, P] of a step; kept while the same sequences decode, since they do not change then."""
+        key = (tuple(shares), *map(id, sequences))
+        if key != self._laid_out[0]:
+            rows_T = torch.tensor([row for row, share in enumerate(shares) for _ in range(share)])
+            tables_BP = torch.nn.utils.rnn.pad_sequence([one.table_P for one in sequences], batch_first=True)
+            self._laid_out = key, (list(sequences), rows_T, tables_BP)
+        return self._laid_out[1][1:]
+
+    def _check(self, tokens: Sequence[int], most: int) -> None:
+        if not tokens:
+            raise InputError("the prompt is empty; give at least one token")
+        if len(tokens) > most:
+            raise InputError(
+                f"the prompt has {len(tokens)} tokens, and the context holds {self.context} with the reply: shorten it"
+            )
+
+
+def _shares(pending: Sequence[int]) -> list[int]:
+    """How many of each sequence's pending tokens one step takes: decoding ones first, then the shortest prompts."""
+    left, shares = STEP_TOKENS, [0] * len(pending)
+    for row in sorted(range(len(pending)), key=pending.__getitem__):
+        shares[row] = min(pending[row], left)
+        left -= shares[row]
+    return shares
 
 
 class StopGate:

@@ -1,17 +1,29 @@
-"""One matrix product, `y = x @ w.T`, for each form in which a weight can be held.
+"""One matrix product, `y = x @ w.T`, and the packed bytes that its kernel reads.
 
-Decode reads every weight once per token, so the bytes of this layout set the tokens per second. A group's int4
-values are split in halves: byte i of a group holds its element i in the low nibble and its element i + half in the
-high nibble, so that both halves of the activation are read contiguously and Inductor vectorises the reduction.
+Decode reads every weight once per token, so the bytes of this layout set the tokens per second. On aarch64 the kernel
+is KleidiAI's, which torch reaches through `_dyn_quant_matmul_4bit`; on x86-64 it is `kernels.cpp`. Both take
+activations in 8 bits, quantized per token, and multiply whole numbers.
+
+Both know 4-bit weights only. An 8-bit matrix is two of them, one above the other: w = 16 * high + low, each -8..7, the
+upper plane with 16 times the scale, and the two halves of the product are added. That is exact for -128..119.
 
 Shape letters: T tokens, O outputs, I inputs, G groups per row, E elements per group (I = G * E).
 """
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+import platform
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from model.errors import InputError
+
+Packing = Literal["kleidiai", "blocks"]
+LANES = 16
+"""Outputs of a block, see `struct Int4` in `kernels.cpp`."""
+EIGHT_BIT_RANGE = (-119, 119)
+"""8-bit values that two 4-bit planes can hold, made symmetric."""
 
 
 class Dense(NamedTuple):
@@ -22,36 +34,16 @@ class Dense(NamedTuple):
 
 
 class Int4(NamedTuple):
-    """`packed` uint8 [O, G, E/2] in split halves, `scales` [O, G]; w = scale * (nibble - 8)."""
+    """A weight [outputs, inputs] in `planes` * 4 bits, packed for a kernel; w = scale * value."""
 
     packed: Tensor
-    scales: Tensor
+    group: int
+    inputs: int
+    outputs: int
+    planes: int = 1
 
 
-class Int8(NamedTuple):
-    """`values` int8 [O, G, E], `scales` [O, G]; w = scale * value. For heads and embeddings of higher precision."""
-
-    values: Tensor
-    scales: Tensor
-
-
-Weight = Dense | Int4 | Int8
-
-
-def named_tensors(name: str, weight: Weight) -> Iterator[tuple[str, Tensor]]:
-    """A weight's tensors under the names by which `weight_named` finds them."""
-    for field, value in weight._asdict().items():
-        if isinstance(value, Tensor):
-            yield f"{name}.{field}", value
-
-
-def weight_named(name: str, tensors: Mapping[str, Tensor]) -> Weight:
-    """The weight of that name, in the form in which it was stored."""
-    if f"{name}.packed" in tensors:
-        return Int4(tensors[f"{name}.packed"], tensors[f"{name}.scales"])
-    if f"{name}.values" in tensors:
-        return Int8(tensors[f"{name}.values"], tensors[f"{name}.scales"])
-    return Dense(tensors[f"{name}.weight"])
+Weight = Dense | Int4
 
 
 def linear(x_TI: Tensor, weight: Weight) -> Tensor:
@@ -59,47 +51,126 @@ def linear(x_TI: Tensor, weight: Weight) -> Tensor:
     if isinstance(weight, Dense):
         x_TI = quantize_activations(x_TI) if weight.int8_activations else x_TI
         return torch.nn.functional.linear(x_TI, weight.weight.to(x_TI.dtype))
-    if x_TI.shape[0] == 1:
-        return _vector_product(x_TI, weight)
-    return x_TI @ dequantize(weight, x_TI.dtype).mT
+    y_TO = _product(x_TI, weight.packed, weight.group, weight.inputs, weight.planes * weight.outputs)
+    return y_TO if weight.planes == 1 else y_TO[:, : weight.outputs] + y_TO[:, weight.outputs :]
 
 
-def pack_halves(values_OGE: Tensor) -> Tensor:
-    """int4 values -8..7 [O, G, E], E even, to bytes [O, G, E/2] in split halves."""
-    low, high = (values_OGE + 8).to(torch.uint8).chunk(2, dim=-1)
-    return (low | (high << 4)).contiguous()
+def kernel() -> Packing:
+    """The layout that this machine's kernel reads."""
+    return "kleidiai" if platform.machine() == "aarch64" else "blocks"
 
 
-def unpack_halves(packed_OGE: Tensor) -> Tensor:
-    """The inverse of `pack_halves`: int8 [O, G, E]."""
-    return torch.cat([packed_OGE & 15, packed_OGE >> 4], dim=-1).to(torch.int8) - 8
+def pack(values_OI: Tensor, scales_OG: Tensor, bits: int, packing: Packing) -> Int4:
+    """Packs values of 4 or 8 bits with their scales.
+
+    Raises InputError for 8-bit values that two 4-bit planes cannot hold, and if KleidiAI is asked for and not reached.
+    """
+    outputs, inputs = values_OI.shape
+    group = inputs // scales_OG.shape[1]
+    if bits == 8:
+        values_OI, scales_OG = _planes(values_OI, scales_OG)
+    pack_as = {"kleidiai": _pack_kleidiai, "blocks": _pack_blocks}[packing]
+    weight = Int4(pack_as(values_OI, scales_OG), group, inputs, outputs, bits // 4)
+    check_packing("the packed weight", weight, packing)
+    return weight
 
 
-def dequantize(weight: Int4 | Int8, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight [O, I] that the quantized form stands for."""
-    values_OGE = unpack_halves(weight.packed) if isinstance(weight, Int4) else weight.values
-    return (values_OGE.to(dtype) * weight.scales.to(dtype)[:, :, None]).flatten(1)
+def check_packing(name: str, weight: Int4, packing: Packing) -> None:
+    """Raises InputError unless the bytes are those of `packing`.
+
+    Where ATen does not reach KleidiAI it packs for a slow fallback instead, silently, in another type and size.
+    """
+    found, expected = weight.packed, packed_bytes(weight, packing)
+    if found.dtype != torch.uint8 or found.numel() != expected:
+        hint = " where /sys is mounted (without it torch does not find KleidiAI)" if packing == "kleidiai" else ""
+        raise InputError(
+            f"{name}: {found.numel()} values of {found.dtype}, expected {expected} bytes of packing {packing!r}: "
+            f'run "python -m pipeline run export"{hint}'
+        )
+
+
+def packed_bytes(weight: Int4, packing: Packing) -> int:
+    """Exact size of a packed weight."""
+    outputs, groups = weight.planes * weight.outputs, weight.inputs // weight.group
+    if packing == "kleidiai":
+        return outputs * weight.inputs // 2 + outputs * (12 if groups == 1 else 2 * groups + 8)
+    return -(-outputs // LANES) * LANES * (weight.inputs // 2 + groups * (4 if groups == 1 else 2) + 4)
+
+
+def rows(weight: Int4, rows_T: Tensor) -> Tensor:
+    """Some rows [T, I] of a weight packed in blocks, in float32: an embedding's lookup."""
+    planes = (rows_T + plane * weight.outputs for plane in range(weight.planes))
+    return torch.stack([_block_rows(weight, plane_T) for plane_T in planes]).sum(dim=0)
 
 
 def quantize_activations(x_TI: Tensor) -> Tensor:
-    """Per-token asymmetric int8 round trip, as KleidiAI's `qai8dx` left-hand-side packing does it.
+    """Per-token asymmetric int8 round trip: the reference of both kernels' arithmetic.
 
-    The range always includes zero, so that zero is exact; rounding is to nearest even.
+    As KleidiAI's `kai_lhs_quant_pack_qai8dxp_f32`: the range includes zero, the zero point is rounded on the side that
+    errs less, values to nearest even.
     """
-    low = x_TI.amin(dim=-1, keepdim=True).clamp(max=0)
-    high = x_TI.amax(dim=-1, keepdim=True).clamp(min=0)
-    scale = torch.where(high == low, 1.0, (high - low) / 255)
-    zero_point = torch.round(-128 - low / scale).clamp(-128, 127)
-    return ((torch.round(x_TI / scale) + zero_point).clamp(-128, 127) - zero_point) * scale
+    low_T1 = x_TI.amin(dim=-1, keepdim=True).clamp(max=0)
+    high_T1 = x_TI.amax(dim=-1, keepdim=True).clamp(min=0)
+    factor_T1 = torch.full_like(low_T1, 255).div(high_T1 - low_T1)  # 255 / x would be 255 * (1 / x), rounded twice
+    factor_T1 = torch.where(high_T1 == low_T1, 1.0, factor_T1)
+    low_T1, high_T1 = low_T1 * factor_T1, high_T1 * factor_T1
+    exact_T1 = torch.where((low_T1 - 128) + (high_T1 + 127) > 0, -128 - low_T1, 127 - high_T1)
+    zero_T1 = exact_T1.clamp(-128, 127).round()
+    return ((x_TI * factor_T1).round() + zero_T1).clamp(-128, 127).sub(zero_T1) / factor_T1
 
 
-def _vector_product(x_1I: Tensor, weight: Int4 | Int8) -> Tensor:
-    """One token's product [1, O] as a single fused reduction over the stored bytes."""
-    scales_OG1 = weight.scales.float()[:, :, None]
-    x_GE = x_1I.view(scales_OG1.shape[1], -1)
-    if isinstance(weight, Int8):
-        return (weight.values.float() * x_GE * scales_OG1).sum(dim=(1, 2))[None]
-    low_GE, high_GE = x_GE.chunk(2, dim=-1)
-    low = ((weight.packed & 15).float() - 8) * low_GE
-    high = ((weight.packed >> 4).float() - 8) * high_GE
-    return ((low + high) * scales_OG1).sum(dim=(1, 2))[None]
+def _product(x_TI: Tensor, packed: Tensor, group: int, inputs: int, outputs: int) -> Tensor:
+    if kernel() == "kleidiai":
+        multiply: Callable[..., Tensor] = torch.ops.aten._dyn_quant_matmul_4bit
+    else:
+        multiply = torch.ops.emerald.int4_linear
+    return multiply(x_TI, packed, group, inputs, outputs)
+
+
+def _block_rows(weight: Int4, rows_T: Tensor) -> Tensor:
+    blocks = -(-weight.planes * weight.outputs // LANES)
+    groups = weight.inputs // weight.group
+    wide = torch.float32 if groups == 1 else torch.bfloat16
+    end = blocks * LANES * weight.inputs // 2
+    nibbles = weight.packed[:end].view(blocks, weight.inputs // 8, LANES, 4)
+    scales = weight.packed[end : end + blocks * LANES * groups * wide.itemsize].view(wide).view(blocks, groups, LANES)
+    block_T, lane_T = rows_T // LANES, rows_T % LANES
+    bytes_T = nibbles[block_T, :, lane_T]
+    nibbles_T = torch.stack([bytes_T & 15, bytes_T >> 4], dim=2).view(-1, groups, weight.group)
+    values_TI = (nibbles_T ^ 8).float() - 8
+    return (values_TI * scales[block_T, :, lane_T].float()[:, :, None]).flatten(1)
+
+
+def _planes(values_OI: Tensor, scales_OG: Tensor) -> tuple[Tensor, Tensor]:
+    """The two 4-bit planes of 8-bit values, stacked along the outputs."""
+    whole = values_OI.short()
+    low = ((whole + 8) & 15) - 8
+    high = (whole - low) // 16
+    if int(high.max()) > 7:
+        raise InputError(f"8-bit value {int(whole.max())}: two 4-bit planes hold at most 119; quantize again")
+    return torch.cat([high, low]).to(torch.int8), torch.cat([16 * scales_OG, scales_OG])
+
+
+def _pack_kleidiai(values_OI: Tensor, scales_OG: Tensor) -> Tensor:
+    """Through ATen: element 2i in the low nibble; bf16 scales in groups, float32 per row."""
+    (outputs, inputs), groups = values_OI.shape, scales_OG.shape[1]
+    nibbles = (values_OI + 8).to(torch.uint8)
+    pairs = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+    scales = scales_OG.to(torch.float32 if groups == 1 else torch.bfloat16)
+    packed: Tensor = torch.ops.aten._dyn_quant_pack_4bit_weight(pairs, scales, None, inputs // groups, inputs, outputs)
+    return packed
+
+
+def _pack_blocks(values_OI: Tensor, scales_OG: Tensor) -> Tensor:
+    """The layout of `struct Int4` in kernels.cpp; the outputs of the last block are filled up with zeros."""
+    (outputs, inputs), groups = values_OI.shape, scales_OG.shape[1]
+    if inputs // groups % LANES:
+        raise InputError(f"rows of {inputs} in groups of {inputs // groups}: the kernel needs multiples of {LANES}")
+    missing = -outputs % LANES
+    values_OI = torch.nn.functional.pad(values_OI, (0, 0, 0, missing))
+    scales_OG = torch.nn.functional.pad(scales_OG.float(), (0, 0, 0, missing))
+    halves = values_OI.view(torch.uint8).view(-1, LANES, inputs // 8, 2, 4)
+    nibbles = ((halves[:, :, :, 0] & 15) | (halves[:, :, :, 1] << 4)).transpose(1, 2)
+    scales = scales_OG.view(-1, LANES, groups).transpose(1, 2).to(torch.float32 if groups == 1 else torch.bfloat16)
+    sums = (values_OI.view(-1, groups, inputs // groups).sum(dim=-1) * scales_OG).sum(dim=-1)
+    return torch.cat([part.contiguous().flatten().view(torch.uint8) for part in (nibbles, scales, sums)])

@@ -5,11 +5,12 @@ grouped-query attention, SwiGLU. Weights are arguments, so that one compiled lay
 may be float or quantized (`model.int4_linear`).
 
 Shape letters: T tokens, D hidden width, N query heads, K key-value heads, Q queries per key-value head,
-H head dim, S cache slots, V vocabulary.
+H head dim, S cache slots, B sequences, P pages of a sequence, F MLP width, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from model.architecture import Architecture
 from model.int4_linear import Weight, linear
+from model.kv_cache import PAGE, KVCache, Place, new_caches, single_sequence
 
 
 class LayerWeights(NamedTuple):
@@ -62,38 +64,52 @@ def rotate(x_TNH: Tensor, rotary_T2H: Tensor) -> Tensor:
     return x_TNH * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def attention(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, positions_T: Tensor) -> Tensor:
-    """Causal grouped-query attention: token t sees the cache slots 0..positions[t]. Returns [T, N*H]."""
+def attention(qkv_TX: Tensor, place: Place, cache: KVCache) -> Tensor:
+    """Causal grouped-query attention of T tokens over the pages of their sequences; returns [T, N*H].
+
+    `qkv` [T, (N + 2K) * H] holds queries, keys and values before rotation; keys and values are written to the cache.
+    """
+    rotary_C2H, positions_T, rows_T, tables_BP = place
+    rotary_T2H = rotary_C2H[positions_T].to(qkv_TX.dtype)
+    K, H = cache.keys.shape[1:3]
+    qkv_TNH = qkv_TX.view(len(qkv_TX), -1, H)
+    q_TNH, k_TKH, v_TKH = qkv_TNH.split([qkv_TNH.shape[1] - 2 * K, K, K], dim=1)
+    pages_T, slots_T = tables_BP[rows_T, positions_T // PAGE].long(), positions_T % PAGE
+    cache.keys[pages_T, :, :, slots_T] = rotate(k_TKH, rotary_T2H).to(cache.keys.dtype)
+    cache.values[pages_T, :, slots_T] = v_TKH.to(cache.values.dtype)
+    q_TNH = rotate(q_TNH, rotary_T2H)
+    mixed_TX = torch.empty(len(q_TNH), q_TNH.shape[1] * H, dtype=q_TNH.dtype)
+    for row in rows_T.unique().tolist():
+        own_T = rows_T == row
+        seen = tables_BP[row, : int(positions_T[own_T].max()) // PAGE + 1].long()
+        k_SKH = cache.keys[seen].permute(0, 3, 1, 2).flatten(0, 1)
+        v_SKH = cache.values[seen].permute(0, 2, 1, 3).flatten(0, 1)
+        mixed_TX[own_T] = attend(q_TNH[own_T], k_SKH.to(q_TNH.dtype), v_SKH.to(q_TNH.dtype), positions_T[own_T])
+    return mixed_TX
+
+
+def attend(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, positions_T: Tensor) -> Tensor:
+    """Softmax attention within one sequence: token t sees the slots 0..positions[t]. Returns [T, N*H]."""
     T, N, H = q_TNH.shape
     K = k_SKH.shape[1]
-    q_KTQH = q_TNH.view(T, K, N // K, H).transpose(0, 1)
-    q_KMH = q_KTQH.reshape(K, T * (N // K), H)
+    q_KMH = q_TNH.view(T, K, N // K, H).transpose(0, 1).reshape(K, T * (N // K), H)
     scores_KMS = (q_KMH @ k_SKH.permute(1, 2, 0)).float() * H**-0.5
     scores_KTQS = scores_KMS.view(K, T, N // K, -1)
-    slots_S = torch.arange(k_SKH.shape[0], device=k_SKH.device)
-    hidden_T1S = slots_S > positions_T[:, None, None]
+    hidden_T1S = torch.arange(len(k_SKH)) > positions_T[:, None, None]
     weights_KTQS = scores_KTQS.masked_fill(hidden_T1S, -math.inf).softmax(dim=-1).to(v_SKH.dtype)
     out_KMH: Tensor = weights_KTQS.view(K, T * (N // K), -1) @ v_SKH.transpose(0, 1)
     return out_KMH.view(K, T, N // K, H).transpose(0, 1).reshape(T, N * H)
 
 
+Attention = Callable[[Tensor, Place, KVCache], Tensor]
+
+
 def decoder_layer(
-    x_TD: Tensor,
-    rotary_T2H: Tensor,
-    positions_T: Tensor,
-    k_cache_SKH: Tensor,
-    v_cache_SKH: Tensor,
-    weights: LayerWeights,
-    eps: float,
+    x_TD: Tensor, place: Place, cache: KVCache, weights: LayerWeights, eps: float, attention: Attention = attention
 ) -> Tensor:
-    """One layer over T new tokens; writes their keys and values into the cache at `positions`. Returns [T, D]."""
-    T, (_, K, H) = x_TD.shape[0], k_cache_SKH.shape
-    qkv_TNH = linear(rms_norm(x_TD, weights.attention_norm, eps), weights.qkv).view(T, -1, H)
-    q_TNH, k_TKH, v_TKH = qkv_TNH.split([qkv_TNH.shape[1] - 2 * K, K, K], dim=1)
-    k_cache_SKH.index_copy_(0, positions_T, rotate(k_TKH, rotary_T2H).to(k_cache_SKH.dtype))
-    v_cache_SKH.index_copy_(0, positions_T, v_TKH.to(v_cache_SKH.dtype))
-    mixed_TD = attention(rotate(q_TNH, rotary_T2H), k_cache_SKH, v_cache_SKH, positions_T)
-    x_TD = x_TD + linear(mixed_TD.to(x_TD.dtype), weights.output)
+    """One layer over T new tokens; writes their keys and values into the cache. Returns [T, D]."""
+    qkv_TX = linear(rms_norm(x_TD, weights.attention_norm, eps), weights.qkv)
+    x_TD = x_TD + linear(attention(qkv_TX, place, cache), weights.output)
     gate_TF, up_TF = linear(rms_norm(x_TD, weights.mlp_norm, eps), weights.gate_up).chunk(2, dim=-1)
     return x_TD + linear(torch.nn.functional.silu(gate_TF) * up_TF, weights.down)
 
@@ -103,47 +119,46 @@ def output_head(x_TD: Tensor, norm_D: Tensor, head: Weight, eps: float) -> Tenso
     return linear(rms_norm(x_TD, norm_D, eps), head)
 
 
-class KVCache(NamedTuple):
-    """Keys and values of one layer, [S, K, H] each; slots are filled in order of position."""
-
-    keys: Tensor
-    values: Tensor
-
-
 class Model(Protocol):
     """One forward pass in three steps, eager (`Network`) or compiled (`model.program.CompiledModel`)."""
 
     architecture: Architecture
-    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    """Of the KV cache."""
     bytes_per_token: int
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Embeddings [T, D]."""
 
-    def layer(self, index: int, x_TD: Tensor, rotary_T2H: Tensor, positions_T: Tensor, cache: KVCache) -> Tensor:
-        """Decoder layer `index` over T new tokens; writes to `cache` at `positions_T`. Returns [T, D]."""
+    def layer(self, index: int, x_TD: Tensor, place: Place, cache: KVCache) -> Tensor:
+        """Decoder layer `index` over T new tokens; writes their keys and values to `cache`. Returns [T, D]."""
 
-    def head(self, x_1D: Tensor) -> Tensor:
-        """Logits [1, V] of one token."""
+    def head(self, x_TD: Tensor) -> Tensor:
+        """Logits [T, V]."""
 
 
 class Network:
-    """All weights of one model, in any mixture of float and quantized forms, computed eagerly."""
+    """All weights of one model, computed eagerly; `kv_dtype` defaults to the embedding's."""
 
     def __init__(
-        self, architecture: Architecture, embedding: Tensor, layers: Sequence[LayerWeights], norm: Tensor, head: Weight
+        self,
+        architecture: Architecture,
+        embedding: Tensor,
+        layers: Sequence[LayerWeights],
+        norm: Tensor,
+        head: Weight,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.architecture = architecture
-        self.dtype = embedding.dtype
+        self.kv_dtype = kv_dtype or embedding.dtype
         self._embedding, self._layers, self._norm, self._head = embedding, layers, norm, head
         self.bytes_per_token = sum(tensor.nbytes for tensor in _tensors([*layers, norm, head]))
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         return self._embedding[tokens_T]
 
-    def layer(self, index: int, x_TD: Tensor, rotary_T2H: Tensor, positions_T: Tensor, cache: KVCache) -> Tensor:
-        weights, eps = self._layers[index], self.architecture.norm_eps
-        return decoder_layer(x_TD, rotary_T2H.to(x_TD.dtype), positions_T, *cache, weights, eps)
+    def layer(self, index: int, x_TD: Tensor, place: Place, cache: KVCache) -> Tensor:
+        return decoder_layer(x_TD, place, cache, self._layers[index], self.architecture.norm_eps)
 
     def head(self, x_TD: Tensor) -> Tensor:
         return output_head(x_TD, self._norm, self._head, self.architecture.norm_eps)
@@ -151,12 +166,12 @@ class Network:
 
 def sequence_logits(model: Network, tokens_T: Tensor) -> Tensor:
     """Logits [T, V] at every position of one sequence, computed in a single pass."""
-    arch, T = model.architecture, tokens_T.shape[0]
-    positions_T, rotary_T2H = torch.arange(T), rotary_table(arch, T)
+    arch = model.architecture
+    place = single_sequence(rotary_table(arch, len(tokens_T)), len(tokens_T))
     x_TD = model.embed(tokens_T)
     for index in range(arch.layers):
-        cache = KVCache(*torch.zeros(2, T, arch.kv_heads, arch.head_dim, dtype=model.dtype))
-        x_TD = model.layer(index, x_TD, rotary_T2H, positions_T, cache)
+        cache = new_caches(replace(arch, layers=1), place.tables_BP.shape[1], model.kv_dtype)[0]
+        x_TD = model.layer(index, x_TD, place, cache)
     return model.head(x_TD)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from model.architecture import Architecture
 from model.artifact import read_manifest
 from model.checkpoint import Checkpoint
-from model.int4_linear import Dense, Int4, Int8, Weight, named_tensors, pack_halves
+from model.int4_linear import Dense, Packing, Weight, pack
 from model.llama import LayerWeights, Network
 from model.quantization import Quantized, unpack_nibbles
 from model.shards import shard_files
@@ -41,6 +41,11 @@ class Int4Folder:
         for path in shard_files(folder):
             with safe_open(path, framework="pt") as file:
                 self._file_of |= dict.fromkeys(file.keys(), path)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every stored tensor; a quantized matrix has two, `NAME.values` and `NAME.scales`."""
+        return frozenset(self._file_of)
 
     def tensor(self, name: str) -> Tensor:
         with safe_open(self._file_of[name], framework="pt") as file:
@@ -74,16 +79,22 @@ def float_network(checkpoint: Checkpoint, dtype: torch.dtype) -> Network:
     return _eager_network(arch, read, lambda name: Dense(read(name)))
 
 
-def quantized_network(folder: Int4Folder, *, int8_activations: bool) -> Network:
-    """The quantized weights in float32 arithmetic; with `int8_activations`, the numerics of KleidiAI's kernels."""
+def quantized_network(folder: Int4Folder, *, as_served: bool) -> Network:
+    """The quantized weights in float32 arithmetic; `as_served` adds the engine's int8 activations and bf16 KV cache."""
     return _eager_network(
         folder.architecture,
         lambda name: folder.float_matrix(name) if name == EMBEDDING else folder.tensor(name).float(),
-        lambda name: Dense(folder.float_matrix(name), int8_activations),
+        lambda name: Dense(folder.float_matrix(name), int8_activations=as_served and name not in folder.names),
+        torch.bfloat16 if as_served else torch.float32,
     )
 
 
-def _eager_network(arch: Architecture, tensor: Callable[[str], Tensor], matrix: Callable[[str], Dense]) -> Network:
+def _eager_network(
+    arch: Architecture,
+    tensor: Callable[[str], Tensor],
+    matrix: Callable[[str], Dense],
+    kv_dtype: torch.dtype | None = None,
+) -> Network:
     def fused(*names: str) -> Dense:
         parts = [matrix(name) for name in names]
         return Dense(torch.cat([part.weight for part in parts]), parts[0].int8_activations)
@@ -101,7 +112,7 @@ def _eager_network(arch: Architecture, tensor: Callable[[str], Tensor], matrix: 
                 fused(*names["down"]),
             )
         )
-    return Network(arch, tensor(EMBEDDING), layers, tensor(NORM), matrix(HEAD))
+    return Network(arch, tensor(EMBEDDING), layers, tensor(NORM), matrix(HEAD), kv_dtype)
 
 
 def layer_names(layer: int) -> dict[str, list[str]]:
@@ -118,30 +129,31 @@ def layer_names(layer: int) -> dict[str, list[str]]:
     return {field: [f"{prefix}{part}.weight" for part in names] for field, names in parts.items()}
 
 
-def packed_tensors(folder: Int4Folder) -> Iterator[tuple[str, Tensor]]:
-    """The engine's weights, named `layers.3.qkv.packed` and so on, one matrix in memory at a time."""
-    yield from named_tensors("embedding", packed(folder.matrix(EMBEDDING)))
+def packed_weights(folder: Int4Folder, packing: Packing) -> Iterator[tuple[str, Weight | Tensor]]:
+    """The engine's weights by name, `layers.3.qkv` and so on, one matrix in memory at a time.
+
+    The embedding is packed in blocks, whose rows can be read alone, and left out if the head holds the same rows so.
+    """
+    embedding, head = folder.matrix(EMBEDDING), folder.matrix(HEAD)
+    quantized = isinstance(embedding, Quantized) and isinstance(head, Quantized) and embedding.bits == head.bits
+    if not (folder.architecture.tied_head and quantized and packing == "blocks"):
+        yield "embedding", _packed(embedding, "blocks")
+    yield "head", _packed(head, packing)
+    yield "norm", folder.tensor(NORM).float()
+    del embedding, head
     for layer in range(folder.architecture.layers):
         for field, names in layer_names(layer).items():
             if field.endswith("norm"):
                 yield f"layers.{layer}.{field}", folder.tensor(names[0]).float()
             else:
-                yield from named_tensors(
-                    f"layers.{layer}.{field}", packed(_fuse([folder.matrix(name) for name in names]))
-                )
-    yield "norm", folder.tensor(NORM).float()
-    yield from named_tensors("head", packed(folder.matrix(HEAD)))
+                yield f"layers.{layer}.{field}", _packed(_fuse([folder.matrix(name) for name in names]), packing)
 
 
-def packed(stored: Quantized | Tensor) -> Weight:
-    """A stored matrix in the layout its kernel reads; scales in float32, which the kernel multiplies with."""
-    if not isinstance(stored, Quantized):
-        return Dense(stored)
-    values_OGE, scales_OG = stored.values.unflatten(1, (-1, stored.group)), stored.scales.float()
-    return Int4(pack_halves(values_OGE), scales_OG) if stored.bits == 4 else Int8(values_OGE, scales_OG)
+def _packed(stored: Quantized | Tensor, packing: Packing) -> Weight:
+    return pack(stored.values, stored.scales, stored.bits, packing) if isinstance(stored, Quantized) else Dense(stored)
 
 
-def _fuse(parts: list[Quantized | Tensor]) -> Quantized | Tensor:
+def _fuse(parts: list[Quantized | Tensor]) -> Quantized:
     """Matrices stacked along their outputs; exact, since groups run along the inputs."""
     quantized = [part for part in parts if isinstance(part, Quantized)]
     assert len(quantized) == len(parts), "decoder layers are always quantized"

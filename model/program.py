@@ -1,9 +1,9 @@
 """The network as three compiled programs (AOTInductor packages), and the model that runs them.
 
-One decoder layer is one program, called for every layer with that layer's weights and KV cache as arguments: it is
-compiled once whatever the depth, and nothing is compiled when serving. `decode` takes one token and reads the packed
-int4 bytes directly; `prefill` takes many and multiplies dequantized weights; `head` gives one token's logits. The
-number of tokens and of cache slots is dynamic.
+`embed` looks tokens up, `layer` is one decoder layer, called for every layer with that layer's weights and KV cache as
+arguments, `head` gives logits: compiled once whatever the depth, and nothing is compiled when serving. Each takes any
+number of tokens. A token brings its position and its sequence's pages, so that prefill, decode, a batch of sequences
+and any mixture are the same program. What Inductor does not make fast is in `kernels.cpp`.
 """
 
 import fcntl
@@ -11,8 +11,9 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,72 +24,122 @@ from model.architecture import Architecture
 from model.artifact import read_manifest
 from model.cpu import family, runs
 from model.errors import InputError
-from model.int4_linear import Dense, Int4, Weight, dequantize, weight_named
-from model.llama import KVCache, LayerWeights, decoder_layer, output_head
+from model.int4_linear import Dense, Int4, Packing, Weight, check_packing, rows
+from model.kernels import build, compiler, compiler_flags, declare
+from model.kernels import load as load_kernels
+from model.kv_cache import KVCache, Place, new_caches, single_sequence
+from model.llama import LayerWeights, decoder_layer, output_head, rotary_table
 from model.shards import read_shards
 
 Program = Callable[[Sequence[Tensor]], list[Tensor]]
-PROGRAMS = ("decode", "prefill", "head")
-PREFILL_TOKENS = 512
-"""Most tokens that one call of `prefill` takes; longer prompts go through in pieces."""
-SLOTS_STEP = 16
-"""Cache slots are handed to a program in multiples of this."""
+Form = Mapping[str, int]
+"""The fields of `Int4` beside its bytes; empty for a plain weight."""
+PROGRAMS = ("embed", "layer", "head")
+VECTOR_BITS = {"x86-64-v4": 512, "x86-64-v3": 256, "aarch64": 128}
+
+
+class _Embed(torch.nn.Module):
+    def __init__(self, form: Form) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, tokens_T: Tensor, table: Tensor) -> Tensor:
+        weight = _weight(table, self.form)
+        return weight.weight[tokens_T].float() if isinstance(weight, Dense) else rows(weight, tokens_T)
 
 
 class _Layer(torch.nn.Module):
-    def __init__(self, eps: float) -> None:
+    def __init__(self, eps: float, forms: Mapping[str, Form]) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.forms = eps, forms
 
-    def forward(
-        self, x_TD: Tensor, rotary_T2H: Tensor, positions_T: Tensor, keys: Tensor, values: Tensor, *weights: Tensor
-    ) -> Tensor:
-        return decoder_layer(x_TD, rotary_T2H, positions_T, keys, values, _unflatten(weights), self.eps)
+    def forward(self, x_TD: Tensor, *tensors: Tensor) -> Tensor:
+        """Takes the fields of `Place`, `KVCache` and `LayerWeights` one after the other."""
+        place, cache = Place(*tensors[:4]), KVCache(*tensors[4:6])
+        weights: list[Any] = [
+            tensor if field.endswith("norm") else _weight(tensor, self.forms[field])
+            for field, tensor in zip(LayerWeights._fields, tensors[6:], strict=True)
+        ]
+        return decoder_layer(x_TD, place, cache, LayerWeights(*weights), self.eps, _paged_attention)
 
 
 class _Head(torch.nn.Module):
-    def __init__(self, eps: float, form: Callable[..., Weight]) -> None:
+    def __init__(self, eps: float, form: Form) -> None:
         super().__init__()
         self.eps, self.form = eps, form
 
-    def forward(self, x_1D: Tensor, norm_D: Tensor, *head: Tensor) -> Tensor:
-        return output_head(x_1D, norm_D, self.form(*head), self.eps)
+    def forward(self, x_TD: Tensor, norm_D: Tensor, head: Tensor) -> Tensor:
+        return output_head(x_TD, norm_D, _weight(head, self.form), self.eps)
 
 
-def compile_programs(tensors: dict[str, Tensor], arch: Architecture, context: int, folder: Path) -> None:
-    """Compiles decode.pt2, prefill.pt2 and head.pt2 for this CPU's family into `folder`.
+def _paged_attention(qkv_TX: Tensor, place: Place, cache: KVCache) -> Tensor:
+    mixed_TX: Tensor = torch.ops.emerald.paged_attention(qkv_TX, *place, *cache)
+    return mixed_TX
 
-    `tensors` are the engine's packed weights; only their shapes and forms matter. Needs g++.
+
+def _weight(tensor: Tensor, form: Form) -> Weight:
+    return Int4(tensor, **form) if form else Dense(tensor)
+
+
+def form_of(weight: Weight) -> Form:
+    """What a weight's bytes do not say of themselves, for the manifest; empty for a plain one."""
+    return {} if isinstance(weight, Dense) else {field: getattr(weight, field) for field in Int4._fields[1:]}
+
+
+def compile_programs(
+    tensors: dict[str, Tensor], forms: Mapping[str, Form], arch: Architecture, target: str, folder: Path
+) -> None:
+    """Builds the kernels and compiles embed.pt2, layer.pt2 and head.pt2 for a CPU family into `folder`.
+
+    Of `tensors`, the engine's weights, only shapes and types matter. Needs g++.
     """
-    slots = torch.export.Dim("slots", min=SLOTS_STEP, max=context)
-    tokens = torch.export.Dim("tokens", min=2, max=PREFILL_TOKENS)
-    layer = _layer_arguments(tensors, 0)
-    for name, count in (("decode", 1), ("prefill", 40)):
-        varying = {0: tokens} if count > 1 else None
-        shapes = {
-            "x_TD": varying,
-            "rotary_T2H": varying,
-            "positions_T": varying,
-            "keys": {0: slots},
-            "values": {0: slots},
-            "weights": (None,) * len(layer),
-        }
-        cache = torch.zeros(2, 4 * SLOTS_STEP, arch.kv_heads, arch.head_dim)
-        new = (torch.zeros(count, arch.hidden), torch.zeros(count, 2, arch.head_dim), torch.arange(count))
-        compile_module(_Layer(arch.norm_eps), (*new, *cache, *layer), shapes, folder / f"{name}.pt2")
-    head = weight_named("head", tensors)
-    arguments = (torch.zeros(1, arch.hidden), tensors["norm"], *_fields(head))
-    compile_module(_Head(arch.norm_eps, type(head)), arguments, None, folder / "head.pt2")
+    build(target, folder)
+    layer_forms = {field: forms[f"layers.0.{field}"] for field in LayerWeights._fields if f"layers.0.{field}" in forms}
+    example = 24  # tokens; any number that is no other size here
+    x_TD = torch.zeros(example, arch.hidden)
+    place = single_sequence(rotary_table(arch, example + 1), example)
+    place = place._replace(tables_BP=place.tables_BP.repeat(3, 1))
+    cache = new_caches(replace(arch, layers=1), 5, torch.bfloat16)[0]
+    layer = [tensors[f"layers.0.{field}"] for field in LayerWeights._fields]
+    vary = torch.export.Dim.DYNAMIC
+    place_shapes = ({0: vary}, {0: vary}, {0: vary}, {0: vary, 1: vary})
+    shapes = {"x_TD": {0: vary}, "tensors": (*place_shapes, {0: vary}, {0: vary}, *[None] * len(layer))}
+    compile_module(
+        _Layer(arch.norm_eps, layer_forms), (x_TD, *place, *cache, *layer), shapes, folder / "layer.pt2", target
+    )
+    table = "embedding" if "embedding" in tensors else "head"
+    tokens_T = torch.zeros(example, dtype=torch.int64)
+    compile_module(
+        _Embed(forms[table]),
+        (tokens_T, tensors[table]),
+        {"tokens_T": {0: vary}, "table": None},
+        folder / "embed.pt2",
+        target,
+    )
+    compile_module(
+        _Head(arch.norm_eps, forms["head"]),
+        (x_TD, tensors["norm"], tensors["head"]),
+        {"x_TD": {0: vary}, "norm_D": None, "head": None},
+        folder / "head.pt2",
+        target,
+    )
 
 
-def compile_module(module: torch.nn.Module, arguments: tuple[Tensor, ...], shapes: Any, path: Path) -> None:
-    """Exports a module and packages its native code for this CPU's family at `path` (a .pt2 file). Needs g++."""
-    _require_compiler()
+def compile_module(
+    module: torch.nn.Module, arguments: tuple[Any, ...], shapes: Any, path: Path, target: str | None = None
+) -> None:
+    """Exports a module and packages its native code at `path` (.pt2) for a CPU family, or this one. Needs g++."""
+    compiler()
     from torch._inductor import aoti_compile_and_package
 
-    target = family()
-    # Otherwise reductions are compiled for this machine's number of threads, and more of them overrun their buffers.
-    options = {"cpp.dynamic_threads": True, **({"cpp.march": target} if target.startswith("x86-64") else {})}
+    target = target or family()
+    options = {
+        # Otherwise reductions are compiled for this machine's number of threads, and more overrun their buffers.
+        "cpp.dynamic_threads": True,
+        "cpp.march": compiler_flags(target)[0].removeprefix("-march="),
+        "cpp.simdlen": VECTOR_BITS[target.partition("+")[0]],
+        "aot_inductor.custom_ops_to_c_shims": declare(),
+    }
     with torch.no_grad(), warnings.catch_warnings(), _compiler_scratch():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytree classes
         exported = torch.export.export(module.eval(), arguments, dynamic_shapes=shapes)
@@ -100,66 +151,43 @@ def load_program(path: Path) -> Program:
 
     Calls AOTInductor's loader directly: its Python wrapper imports the compiler, which costs seconds at start.
     """
-    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
     return cast("Program", loader.run)
 
 
 class CompiledModel:
     """The packed weights, memory-mapped, and the programs that read them."""
 
-    dtype = torch.float32
+    kv_dtype = torch.bfloat16
 
     def __init__(self, folder: Path) -> None:
         self.manifest = read_manifest(folder, "engine")
         check_origin(self.manifest, folder, "export")
         self.architecture = Architecture.from_dict(self.manifest["architecture"])
-        tensors = read_shards(folder)
-        self._embedding = weight_named("embedding", tensors)
-        self._norm, self._head = tensors["norm"], _fields(weight_named("head", tensors))
-        self._layers = [_layer_arguments(tensors, layer) for layer in range(self.architecture.layers)]
-        self.bytes_per_token = sum(tensor.nbytes for layer in (*self._layers, self._head) for tensor in layer)
-        self._decode, self._prefill, self._run_head = (load_program(folder / f"{name}.pt2") for name in PROGRAMS)
+        tensors, forms = read_shards(folder), self.manifest["forms"]
+        for name, form in forms.items():
+            if form:
+                packing: Packing = "blocks" if name == "embedding" else self.manifest["packing"]
+                check_packing(f"{folder}: {name}", Int4(tensors[name], **form), packing)
+        self._table = tensors.get("embedding", tensors["head"])
+        self._norm, self._head = tensors["norm"], tensors["head"]
+        self._layers = [
+            [tensors[f"layers.{layer}.{field}"] for field in LayerWeights._fields]
+            for layer in range(self.architecture.layers)
+        ]
+        read = [self._head, self._norm, *(tensor for layer in self._layers for tensor in layer)]
+        self.bytes_per_token = sum(tensor.nbytes for tensor in read)
+        load_kernels(folder)
+        self._run_embed, self._run_layer, self._run_head = (load_program(folder / f"{name}.pt2") for name in PROGRAMS)
 
     def embed(self, tokens_T: Tensor) -> Tensor:
-        if isinstance(self._embedding, Dense):
-            return self._embedding.weight[tokens_T].float()
-        return dequantize(type(self._embedding)(*(field[tokens_T] for field in self._embedding)))
+        return self._run_embed([tokens_T, self._table])[0]
 
-    def layer(self, index: int, x_TD: Tensor, rotary_T2H: Tensor, positions_T: Tensor, cache: KVCache) -> Tensor:
-        program = self._decode if x_TD.shape[0] == 1 else self._prefill
-        return program([x_TD, rotary_T2H, positions_T, *cache, *self._layers[index]])[0]
+    def layer(self, index: int, x_TD: Tensor, place: Place, cache: KVCache) -> Tensor:
+        return self._run_layer([x_TD, *place, *cache, *self._layers[index]])[0]
 
-    def head(self, x_1D: Tensor) -> Tensor:
-        return self._run_head([x_1D, self._norm, *self._head])[0]
-
-
-def _layer_arguments(tensors: dict[str, Tensor], layer: int) -> list[Tensor]:
-    prefix = f"layers.{layer}."
-    arguments: list[Tensor] = []
-    for field in LayerWeights._fields:
-        if field.endswith("norm"):
-            arguments.append(tensors[prefix + field])
-        else:
-            arguments += _fields(weight_named(prefix + field, tensors))
-    return arguments
-
-
-def _unflatten(arguments: Sequence[Tensor]) -> LayerWeights:
-    """The inverse of `_layer_arguments`; every matrix of a decoder layer is int4."""
-    attention_norm, qkv, qkv_scales, output, output_scales, mlp_norm, *mlp = arguments
-    gate_up, gate_up_scales, down, down_scales = mlp
-    return LayerWeights(
-        attention_norm,
-        Int4(qkv, qkv_scales),
-        Int4(output, output_scales),
-        mlp_norm,
-        Int4(gate_up, gate_up_scales),
-        Int4(down, down_scales),
-    )
-
-
-def _fields(weight: Weight) -> list[Tensor]:
-    return [field for field in weight if isinstance(field, Tensor)]
+    def head(self, x_TD: Tensor) -> Tensor:
+        return self._run_head([x_TD, self._norm, self._head])[0]
 
 
 @contextmanager
@@ -183,12 +211,6 @@ def _compiler_scratch() -> Iterator[None]:
             if before is not None:
                 os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
             shutil.rmtree(scratch / "cache", ignore_errors=True)
-
-
-def _require_compiler() -> None:
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise InputError(f"no C++ compiler {compiler!r}: install g++ (Debian, Ubuntu: apt-get install g++), or set CXX")
 
 
 def check_origin(manifest: dict[str, Any], folder: Path, stage: str) -> None:

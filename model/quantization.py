@@ -17,6 +17,7 @@ from torch import Tensor
 from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, dequantize_affine, quantize_affine
 
 from model.errors import InputError
+from model.int4_linear import EIGHT_BIT_RANGE
 
 CHUNK_ELEMENTS = 1 << 20
 """Rows are quantized in chunks of about this many weights, so that the temporaries stay in cache."""
@@ -67,7 +68,7 @@ def quantize(name: str, weight_OI: Tensor, bits: int, group: int, search_steps: 
     scale_dtype = torch.bfloat16 if group < inputs else torch.float32
     values = torch.empty(outputs, inputs, dtype=torch.int8)
     scales = torch.empty(outputs, inputs // group, dtype=scale_dtype)
-    low, high = (-8, 7) if bits == 4 else (-128, 127)
+    low, high = (-8, 7) if bits == 4 else EIGHT_BIT_RANGE
     for rows in _row_chunks(outputs, inputs):
         chunk = weight_OI[rows].float()
         scale = _int8_scales(chunk, group) if bits == 8 else search_scales(chunk, group, search_steps)
@@ -124,7 +125,9 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 def _int8_scales(weight_OI: Tensor, group: int) -> Tensor:
-    scales: Tensor = choose_qparams_affine(weight_OI, MappingType.SYMMETRIC, (1, group), torch.int8, -128, 127)[0]
+    scales: Tensor = choose_qparams_affine(weight_OI, MappingType.SYMMETRIC, (1, group), torch.int8, *EIGHT_BIT_RANGE)[
+        0
+    ]
     return scales.view(weight_OI.shape[0], -1)
 
 

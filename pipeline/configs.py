@@ -33,6 +33,8 @@ class ExportConfig(Checked):
 
     context_tokens: Annotated[int, Range(64, 131072)]
     """Most tokens of prompt and reply together; sets the KV cache's size."""
+    cpu: str = "native"
+    """CPU family to compile for: this machine's ("native") or an older one that it includes, such as "aarch64"."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,12 @@ from pathlib import Path
 from torch import Tensor
 
 from model.artifact import manifest_digest, write_manifest
-from model.cpu import family
+from model.cpu import family, runs
 from model.errors import InputError
-from model.networks import Int4Folder, packed_tensors
-from model.program import compile_programs, torch_version
+from model.int4_linear import kernel
+from model.kernels import compiler_flags
+from model.networks import Int4Folder, packed_weights
+from model.program import Form, compile_programs, form_of, torch_version
 from model.shards import read_shards, write_shards
 from pipeline.configs import ExportConfig
 from pipeline.progress import say, track
@@ -25,22 +27,35 @@ def run(config: ExportConfig, int4: Path, engine: Path) -> None:
             f"export.context_tokens = {config.context_tokens}: this model was trained for {arch.context}; "
             "set it to that or less"
         )
+    target = family() if config.cpu == "native" else config.cpu
+    if not runs(target):
+        raise InputError(
+            f"export.cpu = {target}: this machine is {family()} and cannot pack for it; export on one that can"
+        )
+    compiler_flags(target)
     engine.mkdir()
+    forms: dict[str, Form] = {}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from track(packed_tensors(folder), "packing")
+        for name, weight in track(packed_weights(folder, kernel()), "packing"):
+            if isinstance(weight, Tensor):
+                yield name, weight
+            else:
+                forms[name] = form_of(weight)
+                yield name, weight[0]
 
     write_shards(tensors(), engine)
-    say("  compiling the decoder layer (decode, prefill) and the head; about a minute")
-    compile_programs(read_shards(engine), arch, config.context_tokens, engine)
+    say(f"  compiling the kernels and three programs for {target}; about a minute")
+    compile_programs(read_shards(engine), forms, arch, target, engine)
     for name in ("tokenizer.json", "chat.json"):
         shutil.copyfile(int4 / name, engine / name)
     kept = ("model_id", "licence", "source", "architecture", "recipe", "bits_per_weight")
     facts = {
         **{name: folder.manifest[name] for name in kept},
         "context": config.context_tokens,
-        "packing": "split-halves",
-        "cpu": family(),
+        "packing": kernel(),
+        "forms": forms,
+        "cpu": target,
         "torch": torch_version(),
         "int4_manifest": manifest_digest(int4),
     }

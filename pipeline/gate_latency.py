@@ -111,10 +111,10 @@ def _figures(compared: Compared, bytes_per_token: int) -> dict[str, Any]:
 def measure(engine: Engine, prompt: list[int], output_tokens: int) -> tuple[float, float]:
     """Time to first token and time per output token, in seconds, of a greedy reply that ignores stop tokens."""
     engine.forget()
-    tokens = list(prompt)
+    tokens = engine.greedy(prompt, output_tokens)
     start = time.perf_counter()
-    tokens.append(int(engine.next_logits(tokens).argmax()))
+    next(tokens)
     first = time.perf_counter()
-    for _ in range(output_tokens - 1):
-        tokens.append(int(engine.next_logits(tokens).argmax()))
+    for _ in tokens:
+        pass
     return first - start, (time.perf_counter() - first) / (output_tokens - 1)

@@ -34,7 +34,7 @@ def run(config: GateQualityConfig, text: Path, checkpoint: Path, int4: Path, rep
             f"{text}: {len(windows)} windows of {config.window_tokens} tokens; give more text or less per window"
         )
     reference = float_network(SafetensorsCheckpoint(checkpoint), torch.float32)
-    quantized = quantized_network(Int4Folder(int4), int8_activations=True)
+    quantized = quantized_network(Int4Folder(int4), as_served=True)
     with torch.inference_mode():
         compared = [
             compare_logits(sequence_logits(reference, tokens), sequence_logits(quantized, tokens), tokens)

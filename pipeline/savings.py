@@ -69,12 +69,13 @@ def _reply_costs(engine: Engine, cache: Cache) -> tuple[float, float]:
     persona = {"role": "system", "content": cache.persona["system_prompt"]}
     tokens = engine.tokenizer.encode_chat([persona, {"role": "user", "content": "I greet the guard."}])
     engine.next_logits(tokens)
-    tokens = engine.tokenizer.encode_chat(
-        [persona, {"role": "user", "content": "I walk through the gates and look up."}]
+    tokens = engine.greedy(
+        engine.tokenizer.encode_chat([persona, {"role": "user", "content": "I walk through the gates and look up."}]),
+        TOKENS + 1,
     )
     start = time.process_time()
-    tokens.append(int(engine.next_logits(tokens).argmax()))
+    next(tokens)
     first = time.process_time()
-    for _ in range(TOKENS):
-        tokens.append(int(engine.next_logits(tokens).argmax()))
+    for _ in tokens:
+        pass
     return first - start, (time.process_time() - first) / TOKENS
