@@ -5,10 +5,10 @@ RUN := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline chat serve test test-resilience lint format bench lock clean
+.PHONY: help setup pipeline chat serve test test-arm64 test-resilience lint format bench lock clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 setup: ## install everything into .venv (a few minutes, once)
 	@$(PYTHON) -m pipeline.install
@@ -24,6 +24,9 @@ serve: setup ## serve the OpenAI-compatible HTTP interface on HOST and PORT
 
 test: setup ## run the tests (under 15 minutes on 2 cores)
 	@$(RUN) -m pytest tests --ignore=tests/resilience $(ARGS)
+
+test-arm64: setup ## run the model's tests on emulated Arm CPUs, with i8mm and bf16 and without (needs root; slow)
+	@for cpu in max neoverse-n1; do tests/arm64/run.sh $$cpu python3 -m pytest tests/model $(ARGS) || exit; done
 
 test-resilience: setup ## kill the whole pipeline at ten random moments and compare what it builds
 	@$(RUN) -m pytest tests/resilience $(ARGS)

@@ -22,6 +22,8 @@ from model.errors import InputError
 Packing = Literal["kleidiai", "blocks"]
 LANES = 16
 """Outputs of a block, see `struct Int4` in `kernels.cpp`."""
+KLEIDIAI_ROWS = 8
+"""Outputs of a tile in KleidiAI's layout; the last tile is filled up."""
 EIGHT_BIT_RANGE = (-119, 119)
 """8-bit values that two 4-bit planes can hold, made symmetric."""
 
@@ -93,14 +95,16 @@ def packed_bytes(weight: Int4, packing: Packing) -> int:
     """Exact size of a packed weight."""
     outputs, groups = weight.planes * weight.outputs, weight.inputs // weight.group
     if packing == "kleidiai":
-        return outputs * weight.inputs // 2 + outputs * (12 if groups == 1 else 2 * groups + 8)
+        padded = -(-outputs // KLEIDIAI_ROWS) * KLEIDIAI_ROWS
+        return padded * (weight.inputs // 2 + (12 if groups == 1 else 2 * groups + 8))
     return -(-outputs // LANES) * LANES * (weight.inputs // 2 + groups * (4 if groups == 1 else 2) + 4)
 
 
-def rows(weight: Int4, rows_T: Tensor) -> Tensor:
-    """Some rows [T, I] of a weight packed in blocks, in float32: an embedding's lookup."""
-    planes = (rows_T + plane * weight.outputs for plane in range(weight.planes))
-    return torch.stack([_block_rows(weight, plane_T) for plane_T in planes]).sum(dim=0)
+def rows(weight: Int4, rows_T: Tensor, packing: Packing) -> Tensor:
+    """Some rows [T, I] of a packed weight in float32: an embedding's lookup, without a second copy of a tied head."""
+    read = {"kleidiai": _kleidiai_rows, "blocks": _block_rows}[packing]
+    planes = [read(weight, rows_T + plane * weight.outputs) for plane in range(weight.planes)]
+    return planes[0] if weight.planes == 1 else planes[0] + planes[1]
 
 
 def quantize_activations(x_TI: Tensor) -> Tensor:
@@ -136,9 +140,38 @@ def _block_rows(weight: Int4, rows_T: Tensor) -> Tensor:
     scales = weight.packed[end : end + blocks * LANES * groups * wide.itemsize].view(wide).view(blocks, groups, LANES)
     block_T, lane_T = rows_T // LANES, rows_T % LANES
     bytes_T = nibbles[block_T, :, lane_T]
-    nibbles_T = torch.stack([bytes_T & 15, bytes_T >> 4], dim=2).view(-1, groups, weight.group)
-    values_TI = (nibbles_T ^ 8).float() - 8
-    return (values_TI * scales[block_T, :, lane_T].float()[:, :, None]).flatten(1)
+    values_TGE = _signed(torch.stack([bytes_T & 15, bytes_T >> 4], dim=2)).view(-1, groups, weight.group)
+    return (values_TGE * scales[block_T, :, lane_T].float()[:, :, None]).flatten(1)
+
+
+def _kleidiai_rows(weight: Int4, rows_T: Tensor) -> Tensor:
+    """KleidiAI's tiles of 8 rows: `kai_rhs_pack_nxk_qsi4c32p_qsu4c32s1s0` and `kai_rhs_pack_nxk_qsi4cxp_qs4cxs1s0`.
+
+    32 inputs are 16 bytes a row, in two segments of 8; byte b of segment s holds input 8 s + b in its low nibble and
+    the sixteenth after it in the high one. Grouped, the 8 bf16 scales follow each group's nibbles; per row, all nibbles
+    are followed by 8 row sums in int32 and by 8 float32 scales, divided by 16.
+    """
+    group, groups = weight.group, weight.inputs // weight.group
+    tile_T, lane_T = rows_T // KLEIDIAI_ROWS, rows_T % KLEIDIAI_ROWS
+    tiles = weight.packed.view(-(-weight.planes * weight.outputs // KLEIDIAI_ROWS), -1)[tile_T]
+    every_T = torch.arange(rows_T.shape[0])
+    if groups == 1:
+        end = KLEIDIAI_ROWS * group // 2
+        scales = tiles[:, end + 4 * KLEIDIAI_ROWS : end + 8 * KLEIDIAI_ROWS].contiguous().view(torch.float32)
+        nibbles, scales_TG = tiles[:, None, :end], 16 * scales[every_T, lane_T][:, None]
+    else:
+        end = KLEIDIAI_ROWS * group // 2
+        blocks = tiles[:, : groups * (end + 2 * KLEIDIAI_ROWS)].view(-1, groups, end + 2 * KLEIDIAI_ROWS)
+        scales = blocks[:, :, end:].contiguous().view(torch.bfloat16).float()
+        nibbles, scales_TG = blocks[:, :, :end], scales[every_T, :, lane_T]
+    segments = nibbles.reshape(-1, groups, group // 32, 2, KLEIDIAI_ROWS, 8)[every_T, :, :, :, lane_T]
+    values_TGE = _signed(torch.stack([segments & 15, segments >> 4], dim=3)).view(-1, groups, group)
+    return (values_TGE * scales_TG[:, :, None]).flatten(1)
+
+
+def _signed(nibbles: Tensor) -> Tensor:
+    """Two's complement of 4 bits to float."""
+    return (nibbles ^ 8).float() - 8
 
 
 def _planes(values_OI: Tensor, scales_OG: Tensor) -> tuple[Tensor, Tensor]:

@@ -132,12 +132,11 @@ def layer_names(layer: int) -> dict[str, list[str]]:
 def packed_weights(folder: Int4Folder, packing: Packing) -> Iterator[tuple[str, Weight | Tensor]]:
     """The engine's weights by name, `layers.3.qkv` and so on, one matrix in memory at a time.
 
-    The embedding is packed in blocks, whose rows can be read alone, and left out if the head holds the same rows so.
+    A tied embedding is left out if the head holds the same rows: they are read from there.
     """
     embedding, head = folder.matrix(EMBEDDING), folder.matrix(HEAD)
-    quantized = isinstance(embedding, Quantized) and isinstance(head, Quantized) and embedding.bits == head.bits
-    if not (folder.architecture.tied_head and quantized and packing == "blocks"):
-        yield "embedding", _packed(embedding, "blocks")
+    if not (folder.architecture.tied_head and _bits(embedding) == _bits(head)):
+        yield "embedding", _packed(embedding, packing)
     yield "head", _packed(head, packing)
     yield "norm", folder.tensor(NORM).float()
     del embedding, head
@@ -147,6 +146,10 @@ def packed_weights(folder: Int4Folder, packing: Packing) -> Iterator[tuple[str, 
                 yield f"layers.{layer}.{field}", folder.tensor(names[0]).float()
             else:
                 yield f"layers.{layer}.{field}", _packed(_fuse([folder.matrix(name) for name in names]), packing)
+
+
+def _bits(stored: Quantized | Tensor) -> int:
+    return stored.bits if isinstance(stored, Quantized) else 8 * stored.itemsize
 
 
 def _packed(stored: Quantized | Tensor, packing: Packing) -> Weight:

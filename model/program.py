@@ -24,7 +24,7 @@ from model.architecture import Architecture
 from model.artifact import read_manifest
 from model.cpu import family, runs
 from model.errors import InputError
-from model.int4_linear import Dense, Int4, Packing, Weight, check_packing, rows
+from model.int4_linear import Dense, Int4, Weight, check_packing, kernel, rows
 from model.kernels import build, compiler, compiler_flags, declare
 from model.kernels import load as load_kernels
 from model.kv_cache import KVCache, Place, new_caches, single_sequence
@@ -45,7 +45,7 @@ class _Embed(torch.nn.Module):
 
     def forward(self, tokens_T: Tensor, table: Tensor) -> Tensor:
         weight = _weight(table, self.form)
-        return weight.weight[tokens_T].float() if isinstance(weight, Dense) else rows(weight, tokens_T)
+        return weight.weight[tokens_T].float() if isinstance(weight, Dense) else rows(weight, tokens_T, kernel())
 
 
 class _Layer(torch.nn.Module):
@@ -129,21 +129,19 @@ def compile_module(
     module: torch.nn.Module, arguments: tuple[Any, ...], shapes: Any, path: Path, target: str | None = None
 ) -> None:
     """Exports a module and packages its native code at `path` (.pt2) for a CPU family, or this one. Needs g++."""
-    compiler()
     from torch._inductor import aoti_compile_and_package
 
     target = target or family()
     options = {
         # Otherwise reductions are compiled for this machine's number of threads, and more overrun their buffers.
         "cpp.dynamic_threads": True,
-        "cpp.march": compiler_flags(target)[0].removeprefix("-march="),
         "cpp.simdlen": VECTOR_BITS[target.partition("+")[0]],
         "aot_inductor.custom_ops_to_c_shims": declare(),
     }
-    with torch.no_grad(), warnings.catch_warnings(), _compiler_scratch():
+    with torch.no_grad(), warnings.catch_warnings(), _compiler_scratch(target) as cxx:
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytree classes
         exported = torch.export.export(module.eval(), arguments, dynamic_shapes=shapes)
-        aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+        aoti_compile_and_package(exported, package_path=str(path), inductor_configs={**options, "cpp.cxx": (str(cxx),)})
 
 
 def load_program(path: Path) -> Program:
@@ -167,8 +165,7 @@ class CompiledModel:
         tensors, forms = read_shards(folder), self.manifest["forms"]
         for name, form in forms.items():
             if form:
-                packing: Packing = "blocks" if name == "embedding" else self.manifest["packing"]
-                check_packing(f"{folder}: {name}", Int4(tensors[name], **form), packing)
+                check_packing(f"{folder}: {name}", Int4(tensors[name], **form), self.manifest["packing"])
         self._table = tensors.get("embedding", tensors["head"])
         self._norm, self._head = tensors["norm"], tensors["head"]
         self._layers = [
@@ -191,11 +188,12 @@ class CompiledModel:
 
 
 @contextmanager
-def _compiler_scratch() -> Iterator[None]:
-    """An empty compiler cache at a fixed place, one compilation at a time.
+def _compiler_scratch(target: str) -> Iterator[Path]:
+    """An empty compiler cache at a fixed place, one compilation at a time; yields the compiler for the target family.
 
     Empty, so that nothing a killed compilation left half-written is used; fixed, because the path is part of the
-    compiled bytes, and two builds of the same program should be the same file.
+    compiled bytes, and two builds of the same program should be the same file. Inductor asks for the instructions of
+    this very CPU; the last -march counts.
     """
     scratch = Path(tempfile.gettempdir()) / f"emerald-compile-{os.getuid()}"
     scratch.mkdir(exist_ok=True)
@@ -204,8 +202,11 @@ def _compiler_scratch() -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         shutil.rmtree(scratch / "cache", ignore_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "cache")
+        cxx = scratch / "g++"
+        cxx.write_text(f'#!/bin/sh\nexec {compiler()} "$@" {" ".join(compiler_flags(target))}\n')
+        cxx.chmod(0o755)
         try:
-            yield
+            yield cxx
         finally:
             os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
             if before is not None:

@@ -69,13 +69,11 @@ def _reply_costs(engine: Engine, cache: Cache) -> tuple[float, float]:
     persona = {"role": "system", "content": cache.persona["system_prompt"]}
     tokens = engine.tokenizer.encode_chat([persona, {"role": "user", "content": "I greet the guard."}])
     engine.next_logits(tokens)
-    tokens = engine.greedy(
-        engine.tokenizer.encode_chat([persona, {"role": "user", "content": "I walk through the gates and look up."}]),
-        TOKENS + 1,
-    )
+    asked = {"role": "user", "content": "I walk through the gates and look up."}
+    reply = engine.greedy(engine.tokenizer.encode_chat([persona, asked]), TOKENS + 1)
     start = time.process_time()
-    next(tokens)
+    next(reply)
     first = time.process_time()
-    for _ in tokens:
+    for _ in reply:
         pass
     return first - start, (time.process_time() - first) / TOKENS

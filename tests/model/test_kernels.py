@@ -1,0 +1,566 @@
+"""The native kernels, for every CPU family this machine runs, against references of their own in float64.
+
+Each family's library is loaded privately, with `RTLD_LOCAL`: of those that are loaded for the process the first stays.
+
+Shape letters: T tokens, O outputs, I inputs, N query heads, K key-value heads, H head dim, B sequences, P pages.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.cpu import COMPILER_FLAGS, runs
+from model.errors import InputError
+from model.int4_linear import Int4, kernel, pack, quantize_activations
+from model.kernels import KERNELS, build, declare, load
+from model.kv_cache import PAGE, KVCache, Place
+
+FAMILIES = [name for name in COMPILER_FLAGS if runs(name)]
+SHAPES = [(48, 128), (37, 576), (100, 1536), (5, 32)]
+"""Outputs and inputs; the kernel takes outputs in sixteens and pairs of sixteens."""
+SCHEMES = {"g32": 32, "channel": None}
+"""Inputs that share a scale; None: all of a row."""
+MOST_TOKENS = 40
+
+x86_only = pytest.mark.skipif(kernel() != "blocks", reason="on aarch64 the int4 product is KleidiAI's")
+
+
+class Native:
+    """The C functions of one family's library."""
+
+    def __init__(self, folder: Path) -> None:
+        self.library = ctypes.CDLL(str(folder / KERNELS), mode=ctypes.RTLD_LOCAL)
+
+    def int4_linear(self, x_TI: Tensor, weight: Int4) -> Tensor:
+        """The product; what lies behind the result stays as it was."""
+        rows = weight.planes * weight.outputs
+        y = torch.full((x_TI.shape[0] * rows + 64,), torch.nan)
+        sizes = (x_TI.shape[0], weight.group, weight.inputs, rows)
+        self._call("emerald_int4_linear", x_TI, weight.packed, *sizes, y)
+        assert y[-64:].isnan().all()
+        return y[:-64].view(-1, rows)
+
+    def paged_attention(self, qkv: Tensor, place: Place, cache: KVCache) -> Tensor:
+        """The result [T, N*H]; writes keys and values to the cache."""
+        _, kv_heads, dim, _ = cache.keys.shape
+        heads = qkv.shape[1] // dim - 2 * kv_heads
+        out = torch.full((len(qkv) * heads * dim + 64,), torch.nan)
+        sizes = (len(qkv), heads, kv_heads, dim, place.tables_BP.shape[1])
+        self._call("emerald_paged_attention", qkv, *place, *cache, *sizes, out)
+        assert out[-64:].isnan().all()
+        return out[:-64].view(len(qkv), -1)
+
+    def _call(self, name: str, *arguments: Tensor | int) -> None:
+        assert all(one.is_contiguous() for one in arguments if isinstance(one, Tensor))
+        pointers = [ctypes.c_void_p(one.data_ptr()) if isinstance(one, Tensor) else one for one in arguments]
+        getattr(self.library, name)(*(ctypes.c_int64(one) if isinstance(one, int) else one for one in pointers))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with kernels for every family."""
+    folders = {name: tmp_path_factory.mktemp("kernels") for name in FAMILIES}
+    for name, folder in folders.items():
+        build(name, folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def natives(built: dict[str, Path]) -> dict[str, Native]:
+    return {name: Native(folder) for name, folder in built.items()}
+
+
+@pytest.fixture(params=FAMILIES)
+def native(request: pytest.FixtureRequest, natives: dict[str, Native]) -> Native:
+    return natives[request.param]
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads, until the test ends."""
+    threads = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(threads)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_this_machine_runs_a_family() -> None:
+    assert FAMILIES
+
+
+# --------------------------------------------------------------------------------------------------------- activations
+
+
+class Int8Token(NamedTuple):
+    """A token's activations in 8 bits: x = (value - zero) * step."""
+
+    values: NDArray[np.float64]
+    zero: int
+    factor: np.float32
+
+    @property
+    def step(self) -> np.float32:
+        return np.float32(1) / self.factor
+
+
+def qai8dx(x_I: NDArray[np.float32]) -> Int8Token:
+    """KleidiAI's `kai_lhs_quant_pack_qai8dxp_f32`, one element at a time; Python's `round` takes ties to even."""
+    f = np.float32
+    low, high = min(f(0), x_I.min()), max(f(0), x_I.max())
+    factor = f(1) if low == high else f(255) / (high - low)
+    low, high = low * factor, high * factor
+    point = f(-128) - low if (f(-128) + low) + (f(127) + high) > 0 else f(127) - high
+    zero = round(float(min(max(point, f(-128)), f(127))))
+    values = [min(max(round(float(x * factor)) + zero, -128), 127) for x in x_I]
+    return Int8Token(np.array(values, dtype=np.float64), zero, factor)
+
+
+ACTIVATIONS = {
+    "both-signs": random(MOST_TOKENS, 128),
+    "positive": random(8, 128).abs() + 0.5,
+    "negative": -random(8, 128).abs() - 0.5,
+    "zeros": torch.zeros(3, 128),
+    "huge": random(4, 128) * 1e30,
+    "tiny": random(4, 128) * 1e-30,
+    "magnitudes": random(60, 128) * torch.logspace(-6, 6, 60)[:, None],
+    "one-outlier": torch.cat([random(4, 127), torch.tensor([1e4, -1e4, 1e-4, 0])[:, None]], dim=1),
+    "constant": torch.full((1, 128), 0.7),
+    # Steps of one: every value, and in some the zero point too, lies half-way between two.
+    "ties": torch.stack([torch.linspace(low, low + 255, 511)[::2][torch.arange(128) * 2 + 1] for low in (-100.5, -3.5)])
+    if False
+    else torch.stack([torch.cat([torch.tensor([low, low + 255]), torch.arange(126) - 2.5]) for low in (-100.5, -51.5)]),
+    # Few enough levels that rounding a product together with the sum that follows it would show.
+    "many": random(1500, 32, seed=5).repeat(1, 4),
+}
+each_activations = pytest.mark.parametrize("x_TI", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
+
+
+@each_activations
+def test_round_trip_of_activations_is_kleidiais(x_TI: Tensor) -> None:
+    """`quantize_activations`, the reference of everything else, against the naive one: every bit."""
+    tokens = [qai8dx(x_I) for x_I in x_TI.numpy()]
+    expected = [(token.values - token.zero).astype(np.float32) / token.factor for token in tokens]
+    assert quantize_activations(x_TI).numpy().tobytes() == (np.stack(expected) + np.float32(0)).tobytes()
+
+
+@x86_only
+@each_activations
+def test_kernel_quantizes_activations_as_kleidiai(x_TI: Tensor, native: Native) -> None:
+    """A unit matrix shows the values themselves: every bit."""
+    unit = pack(torch.eye(128, dtype=torch.int8), torch.ones(128, 1), 4, "blocks")
+    tokens = [qai8dx(x_I) for x_I in x_TI.numpy()]
+    expected = np.stack([(token.values - token.zero).astype(np.float32) * token.step for token in tokens])
+    found = native.int4_linear(x_TI, unit).numpy() + np.float32(0)
+    assert found.tobytes() == (expected + np.float32(0)).tobytes()
+
+
+# -------------------------------------------------------------------------------------------------------- int4 product
+
+
+class Matrix(NamedTuple):
+    """A packed weight and the matrix that it stands for."""
+
+    packed: Int4
+    meaning: NDArray[np.float64]
+
+
+def random_matrix(outputs: int, inputs: int, group: int | None, seed: int = 0) -> Matrix:
+    """Every value of -8..7, and scales of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8, generator=generator)
+    scales = torch.randn(outputs, inputs // (group or inputs), generator=generator)
+    scales = scales.bfloat16() if scales.shape[1] > 1 else scales
+    meaning = values.double().unflatten(1, (scales.shape[1], -1)) * scales.double()[:, :, None]
+    return Matrix(pack(values, scales, 4, "blocks"), meaning.flatten(1).numpy())
+
+
+def assert_product(y_TO: Tensor, x_TI: Tensor, matrix: Matrix) -> None:
+    """Within float32's rounding of sums of unsigned 8-bit values; another value of one activation is much further."""
+    for y_O, x_I in zip(y_TO.double().numpy(), x_TI.numpy(), strict=True):
+        token = qai8dx(x_I)
+        expected = matrix.meaning @ (token.values - token.zero) * float(token.step)
+        terms = np.abs(matrix.meaning) @ (token.values + 128) * float(token.step)
+        terms += np.abs(matrix.meaning.sum(axis=1)) * (token.zero + 128) * float(token.step)
+        assert np.abs(y_O - expected).max() <= 2e-7 * terms.max(), (y_O, expected)
+
+
+@x86_only
+@pytest.mark.parametrize("group", SCHEMES.values(), ids=SCHEMES.keys())
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_product_is_that_of_the_quantized_values(outputs: int, inputs: int, group: int | None, native: Native) -> None:
+    """Of up to 40 tokens, each for itself: a token's bits do not depend on how many are in the call."""
+    matrix, x_TI = random_matrix(outputs, inputs, group), random(MOST_TOKENS, inputs, seed=1)
+    whole = native.int4_linear(x_TI, matrix.packed)
+    assert_product(whole, x_TI, matrix)
+    for tokens in range(1, MOST_TOKENS):
+        first = MOST_TOKENS - tokens
+        assert torch.equal(native.int4_linear(x_TI[:tokens], matrix.packed), whole[:tokens]), tokens
+        assert torch.equal(native.int4_linear(x_TI[first:], matrix.packed), whole[first:]), tokens
+
+
+@x86_only
+@each_activations
+def test_product_of_every_range_of_activations(x_TI: Tensor, native: Native) -> None:
+    matrix = random_matrix(37, 128, 32)
+    x_TI = x_TI[:MOST_TOKENS]
+    y_TO = native.int4_linear(x_TI, matrix.packed)
+    assert y_TO.isfinite().all()
+    assert_product(y_TO, x_TI, matrix)
+    assert not y_TO[(x_TI == 0).all(dim=1)].any()
+
+
+@x86_only
+@pytest.mark.parametrize("group", SCHEMES.values(), ids=SCHEMES.keys())
+def test_product_of_the_largest_sums(group: int | None, native: Native) -> None:
+    """All values -8 and all activations at one end: the sums between must not wrap or saturate."""
+    inputs = 4096
+    values = torch.full((16, inputs), -8, dtype=torch.int8)
+    values[1::2] = 7
+    scales = torch.ones(16, inputs // (group or inputs))
+    matrix = Matrix(pack(values, scales, 4, "blocks"), values.double().numpy())
+    x_TI = torch.tensor([1.0, -1.0])[:, None].expand(2, inputs).contiguous()
+    assert_product(native.int4_linear(x_TI, matrix.packed), x_TI, matrix)
+
+
+@x86_only
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, MOST_TOKENS])
+def test_product_does_not_depend_on_threads(tokens: int, native: Native, set_threads: Callable[[int], None]) -> None:
+    matrix, x_TI = random_matrix(100, 576, 32), random(tokens, 576, seed=1)
+    alone = native.int4_linear(x_TI, matrix.packed)
+    for threads in (2, 3, 8):
+        set_threads(threads)
+        assert torch.equal(native.int4_linear(x_TI, matrix.packed), alone)
+
+
+@x86_only
+@pytest.mark.parametrize("group", SCHEMES.values(), ids=SCHEMES.keys())
+def test_families_agree_on_the_product(group: int | None, natives: dict[str, Native]) -> None:
+    matrix, x_TI = random_matrix(37, 576, group), random(MOST_TOKENS, 576, seed=1)
+    first, *others = (native.int4_linear(x_TI, matrix.packed) for native in natives.values())
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=1e-6 * float(first.abs().max()))
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+HEADS = [(4, 4, 32), (9, 3, 64), (4, 1, 128), (16, 2, 64), (32, 2, 32), (6, 2, 96)]
+"""Query heads, key-value heads, head dim: 1, 3, 4, 8, 16 and 3 queries share a key-value head."""
+each_heads = pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+PAGES = 48
+
+
+class Sequences(NamedTuple):
+    """Tokens of some sequences before their step: row b continues at `starts[b]` on the pages `tables[b]`."""
+
+    rotary: Tensor
+    tables: Tensor
+    cache: KVCache
+    starts: list[int]
+    qkv: list[Tensor]
+
+
+def rotary_table(positions: int, dim: int) -> Tensor:
+    angles = torch.arange(positions)[:, None] * 3.7 ** -torch.arange(dim // 2).double()
+    return torch.stack([angles.cos(), angles.sin()], dim=1).repeat(1, 1, 2).float()
+
+
+def empty_cache(kv_heads: int, dim: int, value: float = 0) -> KVCache:
+    shapes = (PAGES, kv_heads, dim, PAGE), (PAGES, kv_heads, PAGE, dim)
+    return KVCache(*(torch.full(shape, value, dtype=torch.bfloat16) for shape in shapes))
+
+
+def copy(cache: KVCache) -> KVCache:
+    return KVCache(*(tensor.clone() for tensor in cache))
+
+
+def sequences(heads: int, kv_heads: int, dim: int, starts: list[int], counts: list[int], seed: int = 0) -> Sequences:
+    """Random ones on permuted pages; the cache is random everywhere, in slots that nothing wrote too."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = [-(-(start + count) // PAGE) for start, count in zip(starts, counts, strict=True)]
+    order = iter(torch.randperm(PAGES, generator=generator).int())
+    rows = [torch.stack([next(order) for _ in range(width)]) for width in widths]
+    tables = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    cache = KVCache(*(torch.randn(part.shape, generator=generator).bfloat16() for part in empty_cache(kv_heads, dim)))
+    qkv = [torch.randn(count, (heads + 2 * kv_heads) * dim, generator=generator) for count in counts]
+    return Sequences(rotary_table(16 * PAGES, dim), tables, cache, starts, qkv)
+
+
+def step(native: Native, all_of: Sequences, cache: KVCache, chosen: list[tuple[int, int, int]]) -> list[Tensor]:
+    """One call with the tokens `first`..`last` of each chosen row; returns each row's part of the result."""
+    spans = [(row, all_of.starts[row] + first, last - first) for row, first, last in chosen]
+    positions = torch.cat([torch.arange(at, at + count) for _, at, count in spans])
+    rows = torch.tensor([row for row, _, count in spans for _ in range(count)])
+    qkv = torch.cat([all_of.qkv[row][first:last] for row, first, last in chosen])
+    out = native.paged_attention(qkv, Place(all_of.rotary, positions, rows, all_of.tables), cache)
+    return list(out.split([count for _, _, count in spans]))
+
+
+def whole_step(native: Native, all_of: Sequences, cache: KVCache) -> list[Tensor]:
+    return step(native, all_of, cache, [(row, 0, len(qkv)) for row, qkv in enumerate(all_of.qkv)])
+
+
+def turned(x_H: NDArray[np.float64], rotary_2H: Tensor) -> NDArray[np.float64]:
+    """Half-split rotary embedding as a complex product."""
+    half = len(x_H) // 2
+    cos, sin = rotary_2H.double().numpy()[:, :half]
+    complex_H = (x_H[:half] + 1j * x_H[half:]) * (cos + 1j * sin)
+    return np.concatenate([complex_H.real, complex_H.imag])
+
+
+def attention_reference(all_of: Sequences, cache: KVCache, row: int, token: int) -> NDArray[np.float64]:
+    """One token's result from the keys and values that the cache holds after the step, head by head, slot by slot."""
+    _, kv_heads, dim, _ = cache.keys.shape
+    position = all_of.starts[row] + token
+    q_NH = all_of.qkv[row][token].double().numpy().reshape(-1, dim)[: -2 * kv_heads]
+    slots = [(int(all_of.tables[row, at // PAGE]), at % PAGE) for at in range(position + 1)]
+    k_SKH = np.stack([cache.keys[page, :, :, slot].double().numpy() for page, slot in slots])
+    v_SKH = np.stack([cache.values[page, :, slot].double().numpy() for page, slot in slots])
+    heads = []
+    for index, q_H in enumerate(q_NH):
+        shared = index // (len(q_NH) // kv_heads)
+        scores_S = k_SKH[:, shared] @ turned(q_H, all_of.rotary[position]) / np.sqrt(dim)
+        weights_S = np.exp(scores_S - scores_S.max())
+        heads.append(weights_S @ v_SKH[:, shared] / weights_S.sum())
+    return np.concatenate(heads)
+
+
+def assert_attention(out: list[Tensor], all_of: Sequences, cache: KVCache, atol: float = 2e-6) -> None:
+    for row, out_TX in enumerate(out):
+        expected = np.stack([attention_reference(all_of, cache, row, token) for token in range(len(out_TX))])
+        np.testing.assert_allclose(out_TX.double().numpy(), expected, rtol=0, atol=atol)
+
+
+STEPS = {
+    "prompt": ([0], [75]),
+    "one-token": ([0], [1]),
+    "mid-page": ([37], [30]),
+    "decode": ([600], [1]),
+    "batch": ([0, 5, 16, 31, 130, 64], [20, 1, 3, 1, 1, 16]),
+}
+
+
+@each_heads
+@pytest.mark.parametrize(("starts", "counts"), STEPS.values(), ids=STEPS.keys())
+def test_attention_is_that_of_the_definition(
+    heads: int, kv_heads: int, dim: int, starts: list[int], counts: list[int], native: Native
+) -> None:
+    all_of = sequences(heads, kv_heads, dim, starts, counts)
+    cache = copy(all_of.cache)
+    assert_attention(whole_step(native, all_of, cache), all_of, cache)
+
+
+def test_attention_with_sharp_and_far_scores(native: Native) -> None:
+    """Scores hundreds apart, so that nearly all weight is on one key, and its exponentials underflow elsewhere."""
+    all_of = sequences(9, 3, 64, [50], [20])
+    sharp = all_of._replace(qkv=[100 * all_of.qkv[0]])
+    cache = copy(all_of.cache)
+    out = whole_step(native, sharp, cache)
+    assert_attention(out, sharp, cache, atol=100 * 5e-5)  # scores of about 5,000 carry 24 bits
+    cache.keys.fill_(-1e4)
+    out = whole_step(native, all_of, cache)
+    assert torch.stack(out).isfinite().all()
+
+
+def test_first_token_gets_its_own_value(native: Native) -> None:
+    all_of = sequences(9, 3, 64, [0], [1])
+    (out,) = whole_step(native, all_of, copy(all_of.cache))
+    values = all_of.qkv[0][0, -3 * 64 :].bfloat16().float().view(3, 1, 64).expand(3, 3, 64)
+    assert torch.equal(out.view(3, 3, 64), values)
+
+
+def written_slots(all_of: Sequences) -> Iterator[tuple[int, int, int, int, int]]:
+    """Row, token, position, page and slot of every token of the step."""
+    for row, (start, qkv) in enumerate(zip(all_of.starts, all_of.qkv, strict=True)):
+        for token in range(len(qkv)):
+            at = start + token
+            yield row, token, at, int(all_of.tables[row, at // PAGE]), at % PAGE
+
+
+@each_heads
+def test_keys_and_values_are_rounded_into_their_slots(heads: int, kv_heads: int, dim: int, native: Native) -> None:
+    """To the nearest bf16, and nothing else in the cache changes."""
+    all_of = sequences(heads, kv_heads, dim, *STEPS["batch"])
+    before, cache = all_of.cache, copy(all_of.cache)
+    whole_step(native, all_of, cache)
+    for row, token, at, page, slot in written_slots(all_of):
+        _, k_KH, v_KH = all_of.qkv[row][token].view(-1, dim).split([heads, kv_heads, kv_heads])
+        assert torch.equal(cache.values[page, :, slot], v_KH.bfloat16())
+        exact = torch.from_numpy(np.stack([turned(k_H.double().numpy(), all_of.rotary[at]) for k_H in k_KH]))
+        spacing = 2.0 ** (exact.abs().log2().floor() - 7)
+        errors = (cache.keys[page, :, :, slot].double() - exact).abs()
+        assert (errors <= spacing / 2 + 1e-6).all()  # a float32 rotation errs by less than 1e-6
+        before.keys[page, :, :, slot] = cache.keys[page, :, :, slot]
+        before.values[page, :, slot] = v_KH.bfloat16()
+    assert all(torch.equal(one.view(torch.int16), other.view(torch.int16)) for one, other in zip(before, cache, strict=True))
+
+
+def test_ties_are_rounded_to_even(native: Native) -> None:
+    """Half-way between two bf16, above and below zero, and next to half-way; unturned, so that keys are exact too."""
+    all_of = sequences(1, 1, 32, [3], [1])
+    unturned = torch.tensor([1.0, 0.0])[None, :, None].expand(all_of.rotary.shape[0], 2, 32).contiguous()
+    halves = 1 + torch.arange(1, 16, 2) * 2.0**-8
+    special = torch.cat([halves, -halves, halves[:4] + 2.0**-20, halves[:4] - 2.0**-20, torch.tensor([0.0, 3e38, 1e-40])])
+    x_H = torch.nn.functional.pad(special, (0, 32 - len(special) % 32))[:32]
+    all_of = all_of._replace(rotary=unturned, qkv=[x_H.repeat(3)[None]])
+    cache = copy(all_of.cache)
+    whole_step(native, all_of, cache)
+    page = int(all_of.tables[0, 0])
+    assert torch.equal(cache.keys[page, 0, :, 3], x_H.bfloat16())
+    assert torch.equal(cache.values[page, 0, 3], x_H.bfloat16())
+
+
+@each_heads
+def test_what_is_not_in_the_sequence_is_never_seen(heads: int, kv_heads: int, dim: int, native: Native) -> None:
+    """Later slots of a page, pages of others: whatever they hold, a prompt in pieces comes out the same."""
+    results = []
+    for garbage in (0.0, 1e30, -3e38):
+        all_of = sequences(heads, kv_heads, dim, [0, 0], [37, 20])
+        cache = empty_cache(kv_heads, dim, garbage)
+        first = step(native, all_of, cache, [(0, 0, 21), (1, 0, 1)])
+        second = step(native, all_of, cache, [(1, 1, 20), (0, 21, 37)])
+        results.append(torch.cat([*first, *second]))
+    assert results[0].isfinite().all()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@each_heads
+def test_prompt_in_pieces_is_the_whole_prompt(heads: int, kv_heads: int, dim: int, native: Native) -> None:
+    """Every bit of the result and of the cache."""
+    all_of = sequences(heads, kv_heads, dim, [5], [90])
+    whole_cache, cache = copy(all_of.cache), copy(all_of.cache)
+    (whole,) = whole_step(native, all_of, whole_cache)
+    ends = accumulate([17, 1, 1, 40, 2, 16, 13], initial=0)
+    pieces = [step(native, all_of, cache, [(0, first, last)])[0] for first, last in pairwise(ends)]
+    assert torch.equal(torch.cat(pieces), whole)
+    assert all(torch.equal(one, other) for one, other in zip(whole_cache, cache, strict=True))
+
+
+@each_heads
+def test_sequence_in_a_batch_is_the_sequence_alone(heads: int, kv_heads: int, dim: int, native: Native) -> None:
+    """Every bit, in two orders of the batch, and with its sequences' tokens dealt out in turn."""
+    all_of = sequences(heads, kv_heads, dim, *STEPS["batch"])
+    chosen = [(row, 0, len(qkv)) for row, qkv in enumerate(all_of.qkv)]
+    together = step(native, all_of, copy(all_of.cache), chosen)
+    backwards = step(native, all_of, copy(all_of.cache), chosen[::-1])[::-1]
+    tokens = sorted(((row, token, token + 1) for row, _, count in chosen for token in range(count)), key=lambda t: t[1])
+    dealt = step(native, all_of, copy(all_of.cache), tokens)
+    for row, one in enumerate(chosen):
+        (alone,) = step(native, all_of, copy(all_of.cache), [one])
+        assert torch.equal(alone, together[row])
+        assert torch.equal(alone, backwards[row])
+        own = [out for out, (owner, _, _) in zip(dealt, tokens, strict=True) if owner == row]
+        assert torch.equal(alone, torch.cat(own))
+
+
+@each_heads
+@pytest.mark.parametrize(("starts", "counts"), STEPS.values(), ids=STEPS.keys())
+def test_attention_does_not_depend_on_threads(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    starts: list[int],
+    counts: list[int],
+    native: Native,
+    set_threads: Callable[[int], None],
+) -> None:
+    all_of = sequences(heads, kv_heads, dim, starts, counts)
+    alone = whole_step(native, all_of, copy(all_of.cache))
+    for threads in (2, 3, 8):
+        set_threads(threads)
+        for one, other in zip(alone, whole_step(native, all_of, copy(all_of.cache)), strict=True):
+            assert torch.equal(one, other)
+
+
+@each_heads
+def test_families_agree_on_attention(heads: int, kv_heads: int, dim: int, natives: dict[str, Native]) -> None:
+    all_of = sequences(heads, kv_heads, dim, *STEPS["batch"])
+    results = []
+    for native in natives.values():
+        cache = copy(all_of.cache)
+        results.append((torch.cat(whole_step(native, all_of, cache)), cache))
+    (first, first_cache), *others = results
+    for other, cache in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=1e-6 * float(first.abs().max()))
+        for one, another in zip(cache, first_cache, strict=True):
+            torch.testing.assert_close(one, another, rtol=2.0**-7, atol=1e-6)  # the next bf16, where rounding is close
+
+
+def test_kernels_follow_torchs_threads(native: Native, set_threads: Callable[[int], None]) -> None:
+    """They share torch's OpenMP, so that `torch.set_num_threads` counts for them."""
+    for threads in (3, 1):
+        set_threads(threads)
+        assert native.library.omp_get_max_threads() == threads
+
+
+# ----------------------------------------------------------------------------------------------- building and operators
+
+
+@pytest.fixture(scope="module")
+def operators(built: dict[str, Path]) -> None:
+    load(built[FAMILIES[0]])
+    declare()
+
+
+@pytest.mark.usefixtures("operators")
+def test_attention_operator_is_the_kernel(native: Native) -> None:
+    all_of = sequences(9, 3, 64, [37], [30])
+    place = Place(all_of.rotary, torch.arange(37, 67), torch.zeros(30, dtype=torch.int64), all_of.tables)
+    cache, other = copy(all_of.cache), copy(all_of.cache)
+    (qkv,) = all_of.qkv
+    expected = native.paged_attention(qkv, place, cache)
+    found = torch.ops.emerald.paged_attention(qkv.T.contiguous().T, *place, *other)  # made contiguous by the operator
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(other, cache, rtol=2.0**-7, atol=1e-6)
+
+
+@x86_only
+@pytest.mark.usefixtures("operators")
+def test_int4_operator_is_the_kernel(native: Native) -> None:
+    weight, x_TI = random_matrix(37, 128, 32).packed, random(5, 128)
+    found = torch.ops.emerald.int4_linear(x_TI.T.contiguous().T, weight.packed, 32, 128, 37)
+    torch.testing.assert_close(found, native.int4_linear(x_TI, weight), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("operators")
+def test_operators_declare_what_they_do() -> None:
+    """Of what shape the result is, and which arguments they write to: what `torch.export` goes by."""
+    tests = ("test_schema", "test_faketensor")
+    all_of = sequences(9, 3, 64, [37], [30])
+    place = Place(all_of.rotary, torch.arange(37, 67), torch.zeros(30, dtype=torch.int64), all_of.tables)
+    attention = torch.ops.emerald.paged_attention.default
+    torch.library.opcheck(attention, (all_of.qkv[0], *place, *all_of.cache), test_utils=tests)
+    if kernel() == "blocks":
+        weight = random_matrix(37, 128, 32).packed
+        arguments = (random(5, 128), weight.packed, 32, 128, 37)
+        torch.library.opcheck(torch.ops.emerald.int4_linear.default, arguments, test_utils=tests)
+
+
+def test_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match=r"no C\+\+ compiler 'no-such-compiler': install g\+\+ .*or set CXX"):
+        build(FAMILIES[0], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_family_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no kernel for the CPU family 'riscv64'; there are some for x86-64-v4") as raised:
+        build("riscv64", tmp_path)
+    assert all(name in str(raised.value) for name in COMPILER_FLAGS)
+
+
+def test_failed_compilation_shows_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    with pytest.raises(InputError, match=r"^/bin/false .*kernels\.cpp.* failed:"):
+        build(FAMILIES[0], tmp_path)
