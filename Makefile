@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline chat serve test test-arm64 test-resilience lint format bench lock clean
+.PHONY: help setup pipeline chat serve test test-arm64 test-resilience count-arm64 lint format bench lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -40,9 +40,13 @@ format: setup ## rewrite the code in the house style
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-bench: setup ## measure speed, memory and the distance to the machine's limits; last line JSON
+bench: setup ## both schemes beside llama.cpp, torch and the machine's limits (first run builds llama.cpp)
 	@$(RUN) -m pipeline run export --config $(CONFIG) $(ARGS)
-	@$(RUN) -m pipeline.bench --build build/$(CONFIG)
+	@$(RUN) -m pipeline run export --config $(CONFIG) --build build/$(CONFIG)-channel --set quantize.scheme=int4-channel
+	@$(RUN) -m pipeline.bench --config $(CONFIG) --build build/$(CONFIG) build/$(CONFIG)-channel
+
+count-arm64: setup ## instructions per decoded token on emulated Arm, with KleidiAI and without (needs root)
+	@tests/arm64/count.sh
 
 lock: ## pin the newest versions that pyproject.toml allows (needs uv)
 	@sh requirements/lock.sh

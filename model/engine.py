@@ -95,7 +95,8 @@ class Engine:
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Piece]:
         """Yields the reply piece by piece as it is generated. Raises InputError if the prompt leaves no room."""
-        return self._pieces(self.open(prompt, sampling))
+        self._check(prompt, self.context - 1)
+        return self._pieces(prompt, sampling)
 
     def open(self, prompt: Sequence[int], sampling: Sampling) -> Reply:
         """Begins a reply and reserves the cache for all of it; `close` it in the end.
@@ -176,7 +177,8 @@ class Engine:
                 logits = {row: logits_V for (row, _), logits_V in zip(lasts, logits_BV, strict=True)}
         return [logits.get(row) for row in range(len(sequences))]
 
-    def _pieces(self, reply: Reply) -> Iterator[Piece]:
+    def _pieces(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Piece]:
+        reply = self.open(prompt, sampling)
         try:
             while reply.finish_reason is None:
                 (piece,) = self.step([reply])

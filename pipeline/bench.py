@@ -1,9 +1,9 @@
-"""Measures the engine: decode, prefill, start-up and memory, beside the unquantized model and the machine's limit.
+"""Measures the engine beside llama.cpp, the unquantized model and the machine's limit.
 
     python -m pipeline.bench --build build/embedded        (make bench builds first)
 
-Warm-up first, then both models in turn, repetition by repetition, so that drift of a shared machine hits both; medians
-with their spread. The last line is JSON.
+Warm-up first, then every engine in turn, repetition by repetition, so that drift of a shared machine hits all alike;
+medians with their spread, and ratios taken within a repetition. The last line is JSON.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,84 +26,160 @@ from model.engine import Engine
 from model.program import torch_version
 from model.tokenizer import Tokenizer
 from pipeline.bandwidth import read_bandwidth
+from pipeline.configs import CONFIGS, named_config
 from pipeline.fingerprint import ROOT
-from pipeline.progress import quiet_libraries
+from pipeline.peer import LlamaCpp
+from pipeline.progress import quiet_libraries, say
+from pipeline.sources import locate
 
-PROMPTS = (128, 512)
-OUTPUT_TOKENS = 64
+CASES = ((1, 128), (1, 512), (8, 128))
+"""Sequences that decode together, and tokens of each one's prompt."""
+OUTPUT_TOKENS = 48
 FIRST_TOKEN = """
 import re, sys
 from serving.__main__ import main
 main(sys.argv[1:])
-print(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+weights = inside = 0
+for line in open("/proc/self/smaps"):
+    if re.match(r"[0-9a-f]+-", line):
+        inside = "/engine/weights-" in line
+    elif inside and line.startswith("Rss:"):
+        weights += int(line.split()[1])
+resident = int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+print(resident, weights)
 """
-"""Asks for one token, then prints the process's resident memory in kB, mapped weights included."""
+"""Asks for one token, then prints the process's resident memory and the mapped weights' part of it, in kB."""
+
+Measure = Callable[[int, int, int], Mapping[str, float]]
+"""Sequences, prompt tokens, tokens: tokens per second of "prefill" and "decode"."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a table to standard output and JSON as its last line."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--build", type=Path, default=ROOT / "build/embedded", help="a build folder with engine and checkpoint"
-    )
-    parser.add_argument("--repetitions", type=int, default=5, help="interleaved repetitions (default 5)")
-    parser.add_argument("--threads", type=int, default=available_cores(), help="default: every core")
-    options = parser.parse_args(arguments)
+    """Prints tables to standard output and JSON as its last line."""
+    options = _options(arguments)
     quiet_libraries()  # before what imports them
     from model.networks import float_network
 
     torch.set_num_threads(options.threads)
-    engine = Engine.load(options.build / "engine")
-    network = float_network(SafetensorsCheckpoint(options.build / "checkpoint"), torch.bfloat16)
-    plain = Engine(network, Tokenizer.load(options.build / "engine"), engine.context)
-    figures = {f"prompt_{count}": _speeds(engine, plain, count, options.repetitions) for count in PROMPTS}
-    starts = [_start(options.build) for _ in range(options.repetitions)]
+    engines = {f"int4 ({build.name})": Engine.load(build / "engine", sequences=8) for build in options.build}
+    first = next(iter(engines.values()))
+    network = float_network(SafetensorsCheckpoint(options.build[0] / "checkpoint"), torch.bfloat16)
+    plain = Engine(network, Tokenizer.load(options.build[0] / "engine"), first.context, sequences=8)
+    with ExitStack() as stack:
+        subjects: dict[str, Measure] = {name: _measure_engine(engine) for name, engine in engines.items()}
+        subjects["bf16, eager torch"] = _measure_engine(plain)
+        peer = stack.enter_context(LlamaCpp(options.gguf, options.threads)) if options.gguf else None
+        if peer:
+            subjects["llama.cpp"] = peer.measure
+        say(f"measuring {', '.join(subjects)}: {options.repetitions} repetitions")
+        cases = {f"{n} x {prompt}": _case(subjects, n, prompt, options.repetitions) for n, prompt in CASES}
+        version = peer.version if peer else None
+    starts = [_start(options.build[0]) for _ in range(options.repetitions + 1)][1:]
     bandwidth = read_bandwidth()
-    ceiling = bandwidth / engine.bytes_per_token
     result = {
-        "machine": {
-            "cpu": family(),
-            "threads": options.threads,
-            "python": platform.python_version(),
-            "torch": torch_version(),
-        },
-        "model": engine.model_id,
-        **figures,
-        "start_to_first_token_s": _spread([seconds for seconds, _ in starts]),
-        "resident_mb": _spread([resident for _, resident in starts]),
+        "machine": {"cpu": family(), "threads": options.threads, "python": platform.python_version()},
+        "versions": {"torch": torch_version(), "llama-cpp-python": version},
+        "model": first.model_id,
+        "cases": cases,
+        "start_to_first_token_s": _spread([seconds for seconds, _, _ in starts]),
+        "resident_mb": _spread([resident for _, resident, _ in starts]),
+        "resident_beyond_weights_mb": _spread([resident - weights for _, resident, weights in starts]),
         "read_bandwidth_gb_s": round(bandwidth / 1e9, 2),
-        "bytes_per_token": engine.bytes_per_token,
-        "decode_ceiling_tokens_s": round(ceiling, 1),
-        "ceiling_reached": round(figures["prompt_128"]["engine"]["decode_tokens_s"]["median"] / ceiling, 4),
+        "ceilings": {name: _ceiling(engine, bandwidth, cases, name) for name, engine in engines.items()},
     }
-    _print_table(result)
+    _print(result, list(subjects))
     print(json.dumps(result))
     return 0
 
 
-def _speeds(engine: Engine, plain: Engine, prompt_tokens: int, repetitions: int) -> dict[str, Any]:
-    from pipeline.gate_latency import measure
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--build", type=Path, nargs="+", default=[ROOT / "build/embedded"],
+                        help="build folders with an engine, the first with its checkpoint")  # fmt: skip
+    parser.add_argument("--config", choices=CONFIGS, default="embedded", help="whose source, if GGUF, llama.cpp runs")
+    parser.add_argument("--gguf", type=Path, help="the file that llama.cpp runs instead")
+    parser.add_argument("--repetitions", type=int, default=5, help="interleaved repetitions (default 5)")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="default: every core")
+    options = parser.parse_args(arguments)
+    source = named_config(options.config).fetch
+    if options.gguf is None and source.source.endswith(".gguf"):
+        options.gguf = locate(source.source, source.sha256)
+    if options.gguf is None:
+        say("no GGUF file of this model is known: give one with --gguf to have llama.cpp beside us")
+    return options
 
-    random = torch.Generator().manual_seed(0)
-    prompts = torch.randint(1000, 10000, (repetitions + 1, prompt_tokens), generator=random).tolist()
-    timed = [[measure(model, prompt, OUTPUT_TOKENS) for model in (engine, plain)] for prompt in prompts][1:]
 
-    def figures(which: int) -> dict[str, Any]:
+def _measure_engine(engine: Engine) -> Measure:
+    def measure(sequences: int, prompt_tokens: int, tokens: int) -> Mapping[str, float]:
+        random = torch.Generator().manual_seed(0)
+        prompts = torch.randint(1000, 10000, (sequences, prompt_tokens), generator=random).tolist()
+        engine.forget()
+        open_ = [engine.begin(prompt, prompt_tokens + tokens + 1) for prompt in prompts]
+        start = time.perf_counter()
+        for sequence in open_:
+            _append(engine, [sequence])
+        between = time.perf_counter()
+        for _ in range(tokens):
+            _append(engine, open_)
+        end = time.perf_counter()
+        for sequence in open_:
+            engine.end(sequence)
         return {
-            "prefill_tokens_s": _spread([prompt_tokens / pair[which][0] for pair in timed]),
-            "decode_tokens_s": _spread([1 / pair[which][1] for pair in timed]),
+            "prefill": sequences * prompt_tokens / (between - start),
+            "decode": sequences * tokens / (end - between),
         }
 
-    ratio = _spread([pair[1][1] / pair[0][1] for pair in timed])
-    return {"engine": figures(0), "unquantized_bf16_eager": figures(1), "decode_ratio": ratio}
+    return measure
 
 
-def _start(build: Path) -> tuple[float, float]:
-    """Wall seconds from starting a process to its first generated token, and its resident memory then, in MB."""
+def _append(engine: Engine, sequences: list[Any]) -> None:
+    """The likeliest token to each sequence."""
+    for sequence, logits_V in zip(sequences, engine.advance(sequences), strict=True):
+        assert logits_V is not None, "prompts are no longer than a step"
+        sequence.tokens.append(int(logits_V.argmax()))
+
+
+def _case(subjects: Mapping[str, Measure], sequences: int, prompt: int, repetitions: int) -> dict[str, Any]:
+    """Every subject's speeds, and the first one's ratio to each."""
+    rounds = [
+        {name: measure(sequences, prompt, OUTPUT_TOKENS) for name, measure in subjects.items()}
+        for _ in range(repetitions + 1)
+    ][1:]
+    speeds = {
+        name: {step: _spread([one[name][step] for one in rounds]) for step in ("prefill", "decode")}
+        for name in subjects
+    }
+    ratios = {
+        f"{name} / {other}": {
+            step: _spread([one[name][step] / one[other][step] for one in rounds]) for step in ("prefill", "decode")
+        }
+        for name in subjects
+        for other in subjects
+        if name.startswith("int4") and not other.startswith("int4")
+    }
+    return {"tokens_s": speeds, "ratios": ratios}
+
+
+def _ceiling(engine: Engine, bandwidth: float, cases: Mapping[str, Any], name: str) -> dict[str, float]:
+    decode = cases["1 x 128"]["tokens_s"][name]["decode"]["median"]
+    together = cases["8 x 128"]["tokens_s"][name]["decode"]["median"]
+    limit = bandwidth / engine.bytes_per_token
+    return {
+        "bytes_per_token": engine.bytes_per_token,
+        "decode_tokens_s": round(limit, 1),
+        "reached": round(decode / limit, 4),
+        "eight_together": round(together / decode, 3),
+    }
+
+
+def _start(build: Path) -> tuple[float, float, float]:
+    """Seconds from starting a process to its first token; then its resident memory, and the weights' part, in MB."""
     asked = ["ask", "I look up.", "--no-cache", "--max-tokens", "1", "--build", str(build)]
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", FIRST_TOKEN, *asked], check=True, capture_output=True, cwd=ROOT)
-    return time.perf_counter() - start, int(done.stdout.split()[-1]) / 1e3
+    seconds = time.perf_counter() - start
+    resident, weights = (int(number) / 1e3 for number in done.stdout.split()[-2:])
+    return seconds, resident, weights
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -113,19 +190,30 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _print_table(result: dict[str, Any]) -> None:
-    print(f"{result['model']} on {result['machine']['cpu']}, {result['machine']['threads']} threads")
-    for count in PROMPTS:
-        for model, figures in result[f"prompt_{count}"].items():
-            for figure, spread in figures.items() if model != "decode_ratio" else [("", figures)]:
-                name = f"prompt {count:4}  {model} {figure}"
-                print(f"  {name:60} {spread['median']:9.2f}   ({spread['least']:.2f} to {spread['most']:.2f})")
-    start = result["start_to_first_token_s"]
-    spread = f"({start['least']:.2f} to {start['most']:.2f})"
-    print(f"  {'process start to first token, s':60} {start['median']:9.2f}   {spread}")
-    print(f"  {'its resident memory, mapped weights included, MB':60} {result['resident_mb']['median']:9.1f}")
-    print(f"  {'memory limit of decoding, tokens/s':60} {result['decode_ceiling_tokens_s']:9.1f}")
-    print(f"  {'share of it reached':60} {result['ceiling_reached']:9.1%}")
+def _print(result: dict[str, Any], subjects: Sequence[str]) -> None:
+    machine = result["machine"]
+    print(f"{result['model']} on {machine['cpu']}, {machine['threads']} threads; medians (least to most)\n")
+    for case, figures in result["cases"].items():
+        print(f"{case} tokens of prompt")
+        for name in subjects:
+            _row(name, [figures["tokens_s"][name][step] for step in ("prefill", "decode")], "tokens/s", 0)
+        for name, ratio in figures["ratios"].items():
+            _row(name, [ratio["prefill"], ratio["decode"]], "ratio", 2)
+        print()
+    _row("start to first token", [result["start_to_first_token_s"]], "s", 2)
+    _row("resident memory", [result["resident_mb"]], "MB", 0)
+    _row("beyond the mapped weights", [result["resident_beyond_weights_mb"]], "MB", 0)
+    print(f"  read bandwidth {result['read_bandwidth_gb_s']} GB/s")
+    for name, ceiling in result["ceilings"].items():
+        print(
+            f"  {name}: {ceiling['bytes_per_token'] / 1e6:.1f} MB per token, so at most {ceiling['decode_tokens_s']} "
+            f"tokens/s; {ceiling['reached']:.0%} reached; 8 together {ceiling['eight_together']} times one"
+        )
+
+
+def _row(name: str, spreads: Sequence[Mapping[str, float]], unit: str, digits: int) -> None:
+    cells = [f"{one['median']:9.{digits}f} ({one['least']:.{digits}f} to {one['most']:.{digits}f})" for one in spreads]
+    print(f"  {name:48} {'   '.join(cells)} {unit}")
 
 
 if __name__ == "__main__":

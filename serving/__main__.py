@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from model.engine import Timing
@@ -143,7 +143,7 @@ def _read_line() -> str | None:
 
 
 def _sampling(options: argparse.Namespace) -> Sampling:
-    names: Iterable[str] = ("temperature", "top_p", "top_k", "seed", "max_tokens")
+    names = [field.name for field in fields(Sampling) if field.name != "stop"]
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return Sampling(**given, stop=tuple(options.stop))
 
@@ -165,6 +165,14 @@ def _parser() -> argparse.ArgumentParser:
         "--top-p", type=float, help=f"keep the likeliest tokens up to this total probability (default {Sampling.top_p})"
     )
     sampled.add_argument("--top-k", type=int, help="keep this many of the likeliest tokens (default: all)")
+    sampled.add_argument("--min-p", type=float, help="keep tokens this likely beside the likeliest (default 0)")
+    sampled.add_argument(
+        "--repetition-penalty", type=float, help="above 1 avoids what prompt and reply hold (default 1)"
+    )
+    sampled.add_argument(
+        "--frequency-penalty", type=float, help="-2 to 2, for each time the reply has a token (default 0)"
+    )
+    sampled.add_argument("--presence-penalty", type=float, help="-2 to 2, once the reply has a token (default 0)")
     sampled.add_argument("--seed", type=int, help="makes a reply repeatable")
     sampled.add_argument("--max-tokens", type=int, help=f"longest reply (default {Sampling.max_tokens})")
     sampled.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")

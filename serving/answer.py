@@ -48,6 +48,11 @@ class Storyteller:
         """The model, loaded at the first use."""
         return Engine.load(self._settings.folder("engine"))
 
+    def warm_up(self) -> None:
+        """Loads all that is otherwise loaded at its first use."""
+        self.cache.nearest(self.cache.embedder.embed("hello"), 1)
+        self.engine.forget()
+
     def reply(self, conversation: Sequence[Message], sampling: Sampling, *, use_cache: bool = True) -> Reply:
         """Answers the last user message of a conversation (user and assistant turns, oldest first)."""
         if not conversation or conversation[-1]["role"] != "user":

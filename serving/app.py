@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import fields
 from itertools import chain
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from model.engine import Piece, Timing
 from model.errors import InputError
-from model.sampling import Sampling
+from model.sampling import LogitsError, Sampling
 from serving.answer import Reply, Storyteller
 from serving.settings import Settings
 
@@ -58,6 +59,10 @@ class ChatRequest(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     seed: int | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -113,7 +118,7 @@ class Service:
     def _load(self) -> None:
         try:
             storyteller = Storyteller(self.settings)
-            storyteller.engine.forget()  # the first use loads it
+            storyteller.warm_up()
             self._storyteller = storyteller
         except InputError as fault:
             self.failure = f"the model cannot be loaded: {fault}"
@@ -160,6 +165,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(InputError, _refused)
+    app.add_exception_handler(LogitsError, _damaged)
     app.add_exception_handler(HTTPException, _http_error)
     return app
 
@@ -221,8 +227,8 @@ def _sampling(request: ChatRequest, settings: Settings) -> Sampling:
     if longest > settings.reply_tokens_max:
         raise InputError(f"max_tokens = {longest}: this server generates at most {settings.reply_tokens_max} tokens")
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    fields = {name: getattr(request, name) for name in ("temperature", "top_p", "top_k", "seed")}
-    given = {name: value for name, value in fields.items() if value is not None}
+    names = [field.name for field in fields(Sampling) if field.name not in ("max_tokens", "stop")]
+    given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     return Sampling(**given, max_tokens=longest, stop=tuple(stop))
 
 
@@ -245,6 +251,10 @@ def _invalid(_request: Request, fault: Exception) -> JSONResponse:
     first = fault.errors()[0]
     place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
     return _error(400, f"{place}: {first['msg']}")
+
+
+def _damaged(_request: Request, fault: Exception) -> JSONResponse:
+    return _error(500, str(fault))
 
 
 def _refused(_request: Request, fault: Exception) -> JSONResponse:

@@ -8,10 +8,9 @@ reason. The settings of the decision are stored with the index, so what a gate j
 import json
 import unicodedata
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-
-import faiss
 
 from model.artifact import manifest_digest, read_manifest
 from model.errors import InputError
@@ -66,10 +65,17 @@ class Cache:
         self.phrasings = [(entry["id"], text) for entry in content["entries"] for text in entry["phrasings"]]
         self.persona: dict[str, str] = content["persona"]
         self.prologue: dict[str, Any] = content["prologue"]
-        self._embedder = embedder
+        self.embedder = embedder
         self._exact = {normalise(text): row for row, (_, text) in enumerate(self.phrasings)}
-        self._index = faiss.read_index(str(folder / "index.faiss"))
+        self._folder = folder
         self._intents = {name: Intent.of(entry["phrasings"], entry["answer"]) for name, entry in self.entries.items()}
+
+    @cached_property
+    def _index(self) -> Any:
+        """Loaded at the first question that has no exact match: faiss takes a quarter of a second to import."""
+        import faiss
+
+        return faiss.read_index(str(self._folder / "index.faiss"))
 
     def lookup(self, question: str) -> Hit | Miss:
         """The ready answer to a question that stands alone, or why there is none."""
@@ -83,7 +89,7 @@ class Cache:
         if any(unicodedata.category(letter) in ("Cc", "Cf", "Co", "Cs") for letter in question.strip()):
             return Miss(reason="it holds control characters")
         try:
-            vector = self._embedder.embed(question)
+            vector = self.embedder.embed(question)
         except InputError as fault:
             return Miss(reason=str(fault))
         return self.decide(question, vector)

@@ -4,6 +4,7 @@ Every text is embedded alone, never in a batch, so that a phrasing gives bit for
 is built and when a visitor types it.
 """
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 
 from model.artifact import manifest_digest, read_manifest
 from model.errors import InputError
-from model.program import check_origin, load_program
+from model.program import Program, check_origin, load_program
 
 Vector = NDArray[np.float32]
 
@@ -30,7 +31,12 @@ class Embedder:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._run = load_program(folder / "program.pt2")
+        self._folder = folder
+
+    @cached_property
+    def _run(self) -> Program:
+        """Loaded at the first text."""
+        return load_program(self._folder / "program.pt2")
 
     def embed(self, text: str) -> Vector:
         """The unit vector [dimensions] of a text. Raises InputError if it is longer than the embedder reads."""

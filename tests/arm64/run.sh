@@ -59,15 +59,21 @@ emulator_registered() { # F: the kernel holds the emulator open, so it need not 
     grep -qs '^flags:.*F' /proc/sys/fs/binfmt_misc/qemu-aarch64
 }
 
+# Leaves the root locked for sharing until the command ends, so that no other run replaces it under this one.
 build() {
     mkdir -p "$(dirname $ROOT)"
     exec 9>$ROOT.lock
+    flock --shared 9
+    base_is_current && packages_are_current && return
     flock 9
     rm -rf $ROOT.partial $ROOT/packages.partial # left by a killed run
-    made $ROOT make_base "$SUITE $PACKAGES" || make_base
-    made $ROOT/packages install_packages "$(cat "${LOCKS[@]}")" || install_packages
-    exec 9>&-
+    base_is_current || make_base
+    packages_are_current || install_packages
+    flock --shared 9
 }
+
+base_is_current() { made $ROOT make_base "$SUITE $PACKAGES"; }
+packages_are_current() { made $ROOT/packages install_packages "$(cat "${LOCKS[@]}")"; }
 
 # made FOLDER FUNCTION INPUT: whether that function, as it is now, made the folder from that input.
 made() { [ "$(cat "$1/made-by" 2>/dev/null)" = "$(stamp "$2" "$3")" ]; }

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.cpu import COMPILER_FLAGS, runs
+from model.cpu import COMPILER_FLAGS, family, runs
 from model.errors import InputError
 from model.int4_linear import Int4, kernel, pack, quantize_activations
 from model.kernels import KERNELS, build, declare, load
@@ -126,6 +126,8 @@ def qai8dx(x_I: NDArray[np.float32]) -> Int8Token:
     return Int8Token(np.array(values, dtype=np.float64), zero, factor)
 
 
+HALVES = torch.arange(126) - 2.5
+"""Half-way between two values where the range, of 255, has steps of 1."""
 ACTIVATIONS = {
     "both-signs": random(MOST_TOKENS, 128),
     "positive": random(8, 128).abs() + 0.5,
@@ -136,12 +138,8 @@ ACTIVATIONS = {
     "magnitudes": random(60, 128) * torch.logspace(-6, 6, 60)[:, None],
     "one-outlier": torch.cat([random(4, 127), torch.tensor([1e4, -1e4, 1e-4, 0])[:, None]], dim=1),
     "constant": torch.full((1, 128), 0.7),
-    # Steps of one: every value, and in some the zero point too, lies half-way between two.
-    "ties": torch.stack([torch.linspace(low, low + 255, 511)[::2][torch.arange(128) * 2 + 1] for low in (-100.5, -3.5)])
-    if False
-    else torch.stack([torch.cat([torch.tensor([low, low + 255]), torch.arange(126) - 2.5]) for low in (-100.5, -51.5)]),
-    # Few enough levels that rounding a product together with the sum that follows it would show.
-    "many": random(1500, 32, seed=5).repeat(1, 4),
+    "ties": torch.stack([torch.cat([torch.tensor([low, low + 255]), HALVES]) for low in (-100.5, -51.5)]),
+    "many": random(1500, 32, seed=5).repeat(1, 4),  # enough that products not rounded before their sums would show
 }
 each_activations = pytest.mark.parametrize("x_TI", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
 
@@ -217,14 +215,13 @@ def test_product_of_every_range_of_activations(x_TI: Tensor, native: Native) -> 
     y_TO = native.int4_linear(x_TI, matrix.packed)
     assert y_TO.isfinite().all()
     assert_product(y_TO, x_TI, matrix)
-    assert not y_TO[(x_TI == 0).all(dim=1)].any()
 
 
 @x86_only
 @pytest.mark.parametrize("group", SCHEMES.values(), ids=SCHEMES.keys())
 def test_product_of_the_largest_sums(group: int | None, native: Native) -> None:
-    """All values -8 and all activations at one end: the sums between must not wrap or saturate."""
-    inputs = 4096
+    """Llama 3.1 405B's longest rows, all -8 or 7, and all activations at one end: nothing may wrap or saturate."""
+    inputs = 53248
     values = torch.full((16, inputs), -8, dtype=torch.int8)
     values[1::2] = 7
     scales = torch.ones(16, inputs // (group or inputs))
@@ -282,6 +279,11 @@ def empty_cache(kv_heads: int, dim: int, value: float = 0) -> KVCache:
 
 def copy(cache: KVCache) -> KVCache:
     return KVCache(*(tensor.clone() for tensor in cache))
+
+
+def assert_same_bits(cache: KVCache, other: KVCache) -> None:
+    for one, another in zip(cache, other, strict=True):
+        assert torch.equal(one.view(torch.int16), another.view(torch.int16))
 
 
 def sequences(heads: int, kv_heads: int, dim: int, starts: list[int], counts: list[int], seed: int = 0) -> Sequences:
@@ -360,16 +362,13 @@ def test_attention_is_that_of_the_definition(
     assert_attention(whole_step(native, all_of, cache), all_of, cache)
 
 
-def test_attention_with_sharp_and_far_scores(native: Native) -> None:
-    """Scores hundreds apart, so that nearly all weight is on one key, and its exponentials underflow elsewhere."""
+def test_attention_with_far_scores(native: Native) -> None:
+    """Scores hundreds apart: nearly all weight is on one key, and the exponentials of the others underflow."""
     all_of = sequences(9, 3, 64, [50], [20])
-    sharp = all_of._replace(qkv=[100 * all_of.qkv[0]])
+    (qkv,) = all_of.qkv
+    qkv[:, : 9 * 64] *= 50
     cache = copy(all_of.cache)
-    out = whole_step(native, sharp, cache)
-    assert_attention(out, sharp, cache, atol=100 * 5e-5)  # scores of about 5,000 carry 24 bits
-    cache.keys.fill_(-1e4)
-    out = whole_step(native, all_of, cache)
-    assert torch.stack(out).isfinite().all()
+    assert_attention(whole_step(native, all_of, cache), all_of, cache, atol=2e-4)
 
 
 def test_first_token_gets_its_own_value(native: Native) -> None:
@@ -402,7 +401,7 @@ def test_keys_and_values_are_rounded_into_their_slots(heads: int, kv_heads: int,
         assert (errors <= spacing / 2 + 1e-6).all()  # a float32 rotation errs by less than 1e-6
         before.keys[page, :, :, slot] = cache.keys[page, :, :, slot]
         before.values[page, :, slot] = v_KH.bfloat16()
-    assert all(torch.equal(one.view(torch.int16), other.view(torch.int16)) for one, other in zip(before, cache, strict=True))
+    assert_same_bits(before, cache)
 
 
 def test_ties_are_rounded_to_even(native: Native) -> None:
@@ -410,8 +409,7 @@ def test_ties_are_rounded_to_even(native: Native) -> None:
     all_of = sequences(1, 1, 32, [3], [1])
     unturned = torch.tensor([1.0, 0.0])[None, :, None].expand(all_of.rotary.shape[0], 2, 32).contiguous()
     halves = 1 + torch.arange(1, 16, 2) * 2.0**-8
-    special = torch.cat([halves, -halves, halves[:4] + 2.0**-20, halves[:4] - 2.0**-20, torch.tensor([0.0, 3e38, 1e-40])])
-    x_H = torch.nn.functional.pad(special, (0, 32 - len(special) % 32))[:32]
+    x_H = torch.cat([halves, -halves, halves + 2.0**-20, halves[:5] - 2.0**-20, torch.tensor([0.0, 3e38, 1e-40])])
     all_of = all_of._replace(rotary=unturned, qkv=[x_H.repeat(3)[None]])
     cache = copy(all_of.cache)
     whole_step(native, all_of, cache)
@@ -444,7 +442,7 @@ def test_prompt_in_pieces_is_the_whole_prompt(heads: int, kv_heads: int, dim: in
     ends = accumulate([17, 1, 1, 40, 2, 16, 13], initial=0)
     pieces = [step(native, all_of, cache, [(0, first, last)])[0] for first, last in pairwise(ends)]
     assert torch.equal(torch.cat(pieces), whole)
-    assert all(torch.equal(one, other) for one, other in zip(whole_cache, cache, strict=True))
+    assert_same_bits(cache, whole_cache)
 
 
 @each_heads
@@ -509,28 +507,28 @@ def test_kernels_follow_torchs_threads(native: Native, set_threads: Callable[[in
 
 @pytest.fixture(scope="module")
 def operators(built: dict[str, Path]) -> None:
-    load(built[FAMILIES[0]])
+    load(built[family()])
     declare()
 
 
 @pytest.mark.usefixtures("operators")
-def test_attention_operator_is_the_kernel(native: Native) -> None:
+def test_attention_operator_is_the_kernel(natives: dict[str, Native]) -> None:
     all_of = sequences(9, 3, 64, [37], [30])
     place = Place(all_of.rotary, torch.arange(37, 67), torch.zeros(30, dtype=torch.int64), all_of.tables)
     cache, other = copy(all_of.cache), copy(all_of.cache)
     (qkv,) = all_of.qkv
-    expected = native.paged_attention(qkv, place, cache)
-    found = torch.ops.emerald.paged_attention(qkv.T.contiguous().T, *place, *other)  # made contiguous by the operator
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
-    torch.testing.assert_close(other, cache, rtol=2.0**-7, atol=1e-6)
+    expected = natives[family()].paged_attention(qkv, place, cache)
+    found = torch.ops.emerald.paged_attention(qkv.T.contiguous().T, *place, *other)  # the operator makes it contiguous
+    assert torch.equal(found, expected)
+    assert_same_bits(cache, other)
 
 
 @x86_only
 @pytest.mark.usefixtures("operators")
-def test_int4_operator_is_the_kernel(native: Native) -> None:
+def test_int4_operator_is_the_kernel(natives: dict[str, Native]) -> None:
     weight, x_TI = random_matrix(37, 128, 32).packed, random(5, 128)
     found = torch.ops.emerald.int4_linear(x_TI.T.contiguous().T, weight.packed, 32, 128, 37)
-    torch.testing.assert_close(found, native.int4_linear(x_TI, weight), rtol=1e-6, atol=1e-6)
+    assert torch.equal(found, natives[family()].int4_linear(x_TI, weight))
 
 
 @pytest.mark.usefixtures("operators")
@@ -555,7 +553,9 @@ def test_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_unknown_family_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no kernel for the CPU family 'riscv64'; there are some for x86-64-v4") as raised:
+    with pytest.raises(
+        InputError, match="no kernel for the CPU family 'riscv64'; there are some for x86-64-v4"
+    ) as raised:
         build("riscv64", tmp_path)
     assert all(name in str(raised.value) for name in COMPILER_FLAGS)
 
