@@ -135,6 +135,7 @@ def compile_module(
     options = {
         # Otherwise reductions are compiled for this machine's number of threads, and more overrun their buffers.
         "cpp.dynamic_threads": True,
+        "aot_inductor.precompile_headers": False,  # they are kept outside the scratch folder, and need openssl
         "cpp.simdlen": VECTOR_BITS[target.partition("+")[0]],
         "aot_inductor.custom_ops_to_c_shims": declare(),
     }

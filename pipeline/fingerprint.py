@@ -54,7 +54,10 @@ def describe_changes(before: Mapping[str, str], after: Mapping[str, str]) -> lis
 
 
 def imports_of(module_file: Path) -> tuple[list[Path], set[str]]:
-    """First-party files and top-level third-party modules that a module imports, directly or through others."""
+    """First-party files and top-level third-party modules that a module imports, directly or through others.
+
+    A module's native source, of the same name, belongs to it.
+    """
     code: set[Path] = set()
     packages: set[str] = set()
     pending = [module_file]
@@ -63,6 +66,7 @@ def imports_of(module_file: Path) -> tuple[list[Path], set[str]]:
         if file in code or file == BY_VALUE:
             continue
         code.add(file)
+        code |= {native for native in [file.with_suffix(".cpp")] if native.exists()}
         for name in _imported_names(file, file.stat().st_mtime_ns):
             top = name.partition(".")[0]
             if top in FIRST_PARTY:

@@ -1,23 +1,43 @@
-"""What the model's tests share: random Llamas sharp enough to show every part, and the real SmolLM2."""
+"""What the model's tests share: random Llamas sharp enough to show every part, the real SmolLM2, and how to compare.
 
-from collections.abc import Iterator
+The engine rounds activations to 8 bits and keys and values to bf16. Sums of floats differ in their last bit from one
+order to another, so now and then such a rounding falls the other way: a whole step, which everything after it sees, and
+no two programs of equal worth give equal logits. What must hold is in `Choices`, `divergence` and `Exact`.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as FastTokenizer
+from torch import Tensor
 
+import pipeline.export
 import pipeline.fetch
 import pipeline.quantize
 from model.architecture import Architecture
+from model.cpu import family
+from model.kernels import build, declare
+from model.kernels import load as load_kernels
+from model.kv_cache import Place, new_caches, single_sequence
+from model.llama import Model, Network, rotary_table
+from model.networks import Int4Folder, quantized_network
+from model.program import CompiledModel
 from model.recipe import Recipe
 from model.tokenizer import Tokenizer, chat_settings
-from pipeline.configs import FetchConfig, embedded
+from pipeline.configs import ExportConfig, FetchConfig, embedded
 from tests.conftest import TINY, write_tiny_model
 
 ASCII_TOKENS = slice(2, 96)
 """The tiny tokenizer's tokens of "!" to "~"."""
+CONTEXT = 200
+"""Of the tiny engines; not a whole number of the cache's pages, on purpose."""
+NEAR_TIE = 1e-3
+"""Logits closer than this are a near-tie."""
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -57,6 +77,98 @@ def write_int4(model: Path, recipe: Recipe, folder: Path) -> Path:
     return folder / "int4"
 
 
+def export(int4: Path, folder: Path, cpu: str = "native") -> Path:
+    """Runs the stage export; returns the engine folder."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".torch.jit.script_method. is deprecated", DeprecationWarning)  # torch's own
+        pipeline.export.run(ExportConfig(context_tokens=CONTEXT, cpu=cpu), int4, folder)
+    return folder
+
+
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    """Visible ASCII characters of the tiny tokenizer."""
+    random = torch.Generator().manual_seed(1000 * seed + count)
+    tokens: list[int] = torch.randint(ASCII_TOKENS.start, ASCII_TOKENS.stop, (count,), generator=random).tolist()
+    return tokens
+
+
+def scattered(architecture: Architecture, tokens: int) -> Place:
+    """The place of a whole sequence on pages that are not in order."""
+    place = single_sequence(rotary_table(architecture, tokens), tokens)
+    pages = torch.randperm(place.tables_BP.shape[1], generator=torch.Generator().manual_seed(tokens))
+    return place._replace(tables_BP=pages[None].int())
+
+
+def all_logits(model: Model, tokens: Sequence[int]) -> Tensor:
+    """Logits [T, V] at every position, in one pass through a model, eager or compiled."""
+    place = scattered(model.architecture, len(tokens))
+    with torch.inference_mode():
+        x_TD = model.embed(torch.tensor(tokens))
+        for index, cache in enumerate(new_caches(model.architecture, place.tables_BP.shape[1], model.kv_dtype)):
+            x_TD = model.layer(index, x_TD, place, cache)
+        return model.head(x_TD).float()
+
+
+class Exact(Network):
+    """A network in float64: its distance to itself in float32 is what the order of sums alone makes of it."""
+
+    def __init__(self, network: Network) -> None:
+        vars(self).update(vars(network))
+
+    def embed(self, tokens_T: Tensor) -> Tensor:
+        return super().embed(tokens_T).double()
+
+
+def divergence(logits_TV: Tensor, others_TV: Tensor) -> float:
+    """Mean KL divergence of the first logits' distributions to the others', in nats."""
+    p, q = (logits.double().log_softmax(dim=-1) for logits in (logits_TV, others_TV))
+    return float((p.exp() * (p - q)).sum(dim=-1).mean())
+
+
+class Choices(NamedTuple):
+    """Greedy tokens judged by a reference that has read the same tokens before each."""
+
+    tokens: int = 0
+    near_ties: int = 0
+    """Others than the reference's likeliest, less than NEAR_TIE below it."""
+    others: int = 0
+    """Others further below."""
+    gap: float = 0.0
+    """The furthest."""
+
+    def __add__(self, more: "Choices") -> "Choices":  # type: ignore[override]  # not a concatenation
+        counts = (mine + theirs for mine, theirs in zip(self[:3], more[:3], strict=True))
+        return Choices(*counts, max(self.gap, more.gap))
+
+
+def judge(logits_TV: Tensor, chosen: Sequence[int]) -> Choices:
+    """Compares chosen tokens with the likeliest."""
+    gaps_T = logits_TV.amax(dim=-1) - logits_TV.gather(1, torch.tensor(chosen)[:, None])[:, 0]
+    near = int(((gaps_T > 0) & (gaps_T < NEAR_TIE)).sum())
+    return Choices(len(chosen), near, int((gaps_T >= NEAR_TIE).sum()), float(gaps_T.max()))
+
+
+def assert_chosen_as_by_the_reference(
+    reference: Network, replies: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> tuple[Choices, Choices]:
+    """Greedy replies to prompts differ from the reference no more than the reference in float64 does.
+
+    Each reply is read by the reference in one pass, so that up to the first difference the comparison is with its own
+    greedy reply, and after one it goes on. Returns the replies' choices and those of the reference in float64.
+    """
+    found = allowed = Choices()
+    for prompt, reply in replies:
+        read, asked = [*prompt, *reply[:-1]], slice(len(prompt) - 1, None)
+        expected_TV = all_logits(reference, read)[asked]
+        found += judge(expected_TV, reply)
+        allowed += judge(expected_TV, all_logits(Exact(reference), read)[asked].argmax(dim=-1).tolist())
+    print(f"\n{found} (the reference in float64: {allowed})")
+    chance = 3 * (allowed.others + 1) ** 0.5  # both counts are random
+    assert found.others <= allowed.others + chance
+    assert found.near_ties <= allowed.near_ties + chance
+    return found, allowed
+
+
 @pytest.fixture(scope="session")
 def speaking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model whose likeliest token is always a visible ASCII character; do not write to it."""
@@ -66,6 +178,39 @@ def speaking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spoken[ASCII_TOKENS] = tensors["lm_head.weight"][ASCII_TOKENS]
     save_file(tensors | {"lm_head.weight": spoken}, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+@pytest.fixture(scope="session")
+def int4(speaking_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The speaking model quantized; do not write to it."""
+    recipe = Recipe(scheme="int4-g32", embedding_bits=8, head_bits=8)
+    return write_int4(speaking_model, recipe, tmp_path_factory.mktemp("int4"))
+
+
+@pytest.fixture(scope="session")
+def engine_folder(int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The speaking model compiled; takes most of a minute. Do not write to it."""
+    return export(int4, tmp_path_factory.mktemp("engines") / "engine")
+
+
+@pytest.fixture(scope="session")
+def compiled(engine_folder: Path) -> CompiledModel:
+    return CompiledModel(engine_folder)
+
+
+@pytest.fixture(scope="session")
+def reference(int4: Path) -> Network:
+    """What the engine should compute: the same weights, eagerly, with its activations and its KV cache emulated."""
+    return quantized_network(Int4Folder(int4), as_served=True)
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Makes this machine's kernels torch operators."""
+    folder = tmp_path_factory.mktemp("kernels")
+    build(family(), folder)
+    load_kernels(folder)
+    declare()
 
 
 @pytest.fixture(scope="session")
