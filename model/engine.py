@@ -18,7 +18,7 @@ from model.errors import InputError
 from model.kv_cache import PAGE, Pages, Place, TokenSequence, new_caches
 from model.llama import Model, rotary_table
 from model.program import CompiledModel
-from model.sampling import Sampler, Sampling
+from model.sampling import LogitsError, Sampler, Sampling
 from model.tokenizer import TextStream, Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -109,12 +109,17 @@ class Engine:
 
     def step(self, replies: Sequence[Reply]) -> list[Piece | None]:
         """One forward pass; a piece for each reply that gained a token, None while its prompt is not through."""
-        pending = [reply.sequence for reply in replies]
-        logits = self.advance(pending)
-        return [
-            None if logits_V is None else reply.advance(logits_V)
-            for reply, logits_V in zip(replies, logits, strict=True)
-        ]
+        assert all(reply.finish_reason is None for reply in replies), "a finished reply is closed, not moved on"
+        logits = self.advance([reply.sequence for reply in replies])
+        pieces: list[Piece | None] = []
+        for reply, logits_V in zip(replies, logits, strict=True):
+            try:
+                pieces.append(None if logits_V is None else reply.advance(logits_V))
+            except LogitsError:
+                self.close(reply)
+                self.forget()  # what led here must not be taken up by another reply
+                raise
+        return pieces
 
     def close(self, reply: Reply) -> None:
         """Ends a reply, finished or not; what it computed stays known for prompts that begin like it."""
@@ -151,6 +156,9 @@ class Engine:
 
     def begin(self, tokens: Sequence[int], room: int) -> TokenSequence:
         """A sequence with room for that many tokens in all, sharing what is known of its beginning."""
+        self._check(tokens, room)
+        if room > self.context:
+            raise InputError(f"a sequence of {room} tokens was asked for, and the context holds {self.context}")
         return self._pages.open(tokens, room)
 
     def end(self, sequence: TokenSequence) -> None:
@@ -162,6 +170,12 @@ class Engine:
 
         Returns for each the logits [V] of the token that follows its last, or None while some are left.
         """
+        for sequence in sequences:
+            if not sequence.computed < len(sequence.tokens) <= sequence.room:
+                raise InputError(
+                    f"a sequence of {len(sequence.tokens)} tokens, {sequence.computed} of them computed, has room for "
+                    f"{sequence.room}: append a token, and no more than were asked for"
+                )
         shares = _shares([len(sequence.tokens) - sequence.computed for sequence in sequences])
         with torch.inference_mode():
             x_TD = self._forward(sequences, shares)

@@ -58,19 +58,15 @@ def single_sequence(rotary_C2H: Tensor, tokens: int) -> Place:
 
 
 class TokenSequence:
-    """Tokens and the pages that hold the keys and values of the first `computed` of them."""
+    """At most `room` tokens, and the pages that hold the keys and values of the first `computed` of them."""
 
-    def __init__(self, tokens: Sequence[int], pages: list[int], shared: int) -> None:
+    def __init__(self, tokens: Sequence[int], room: int, pages: list[int], shared: int) -> None:
         self.tokens = list(tokens)
+        self.room = room
         self.computed = self.reused = shared * PAGE
         self.pages = pages
         self.table_P = torch.tensor(pages, dtype=torch.int32)
         self.keys = _Keys()
-
-    @property
-    def room(self) -> int:
-        """Tokens that its pages hold."""
-        return PAGE * len(self.pages)
 
 
 class Pages:
@@ -99,7 +95,7 @@ class Pages:
                 " ones: wait for one to end"
             )
         pages = shared + [self._take() for _ in range(missing)]
-        return TokenSequence(tokens, pages, len(shared))
+        return TokenSequence(tokens, room, pages, len(shared))
 
     def publish(self, sequence: TokenSequence) -> None:
         """Makes the pages known that have become full."""
@@ -111,7 +107,7 @@ class Pages:
     def close(self, sequence: TokenSequence) -> None:
         """Gives the pages back; closing twice does nothing."""
         self._release(reversed(sequence.pages))
-        sequence.pages = []
+        sequence.pages, sequence.room = [], 0
 
     def forget(self) -> None:
         """Frees every known page that no sequence holds."""

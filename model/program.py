@@ -163,6 +163,11 @@ class CompiledModel:
         self.manifest = read_manifest(folder, "engine")
         check_origin(self.manifest, folder, "export")
         self.architecture = Architecture.from_dict(self.manifest["architecture"])
+        if self.manifest["packing"] != kernel():
+            raise InputError(
+                f"{folder}: packed as {self.manifest['packing']!r}, this machine's kernel reads {kernel()!r}: "
+                'run "python -m pipeline run export" here'
+            )
         tensors, forms = read_shards(folder), self.manifest["forms"]
         for name, form in forms.items():
             if form:

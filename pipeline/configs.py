@@ -184,8 +184,8 @@ def embedded() -> Config:
             output_tokens=32,
             threads=0,
             confidence=0.95,
-            decode_speedup_min=1.5,
-            ttft_ratio_max=6.0,  # prefill multiplies in float32; the bf16 baseline has bf16 matrix units on some CPUs
+            decode_speedup_min=2.5,  # 6 on an idle machine; the limits leave room for a shared one
+            ttft_ratio_max=2.0,
         ),
         savings=SavingsConfig(hit_rates=(0.1, 0.3, 0.5), reply_tokens=150),
         report=ReportConfig(),
