@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline chat serve test test-arm64 test-resilience count-arm64 lint format bench lock clean
+.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -25,8 +25,13 @@ serve: setup ## serve the OpenAI-compatible HTTP interface on HOST and PORT
 test: setup ## run the tests (under 15 minutes on 2 cores)
 	@$(RUN) -m pytest tests --ignore=tests/resilience $(ARGS)
 
-test-arm64: setup ## run the model's tests on emulated Arm CPUs, with i8mm and bf16 and without (needs root; slow)
-	@for cpu in max neoverse-n1; do tests/arm64/run.sh $$cpu python3 -m pytest tests/model $(ARGS) || exit; done
+ARM_KERNEL_TESTS := tests/model/test_kernels.py tests/model/test_int4_linear.py tests/model/test_cpu.py
+ARM_TESTS ?= $(ARM_KERNEL_TESTS) tests/arm64
+test-arm64: setup ## kernels, packing, export and engine on emulated Arm, with i8mm and bf16 and without (needs root)
+	@for cpu in max neoverse-n1; do tests/arm64/run.sh $$cpu python3 -m pytest $(ARM_TESTS) $(ARGS) || exit; done
+
+test-arm64-kernels: ## the quick part of test-arm64
+	@$(MAKE) --no-print-directory test-arm64 ARM_TESTS="$(ARM_KERNEL_TESTS)"
 
 test-resilience: setup ## kill the whole pipeline at ten random moments and compare what it builds
 	@$(RUN) -m pytest tests/resilience $(ARGS)

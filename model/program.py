@@ -27,7 +27,7 @@ from model.errors import InputError
 from model.int4_linear import Dense, Int4, Weight, check_packing, kernel, rows
 from model.kernels import build, compiler, compiler_flags, declare
 from model.kernels import load as load_kernels
-from model.kv_cache import KVCache, Place, new_caches, single_sequence
+from model.kv_cache import PAGE, KVCache, Place, new_caches, single_sequence
 from model.llama import LayerWeights, decoder_layer, output_head, rotary_table
 from model.shards import read_shards
 
@@ -93,6 +93,10 @@ def compile_programs(
 
     Of `tensors`, the engine's weights, only shapes and types matter. Needs g++.
     """
+    if arch.head_dim % (2 * PAGE):
+        raise InputError(
+            f"head_dim {arch.head_dim}: the attention kernel needs a multiple of {2 * PAGE}; use another model"
+        )
     build(target, folder)
     layer_forms = {field: forms[f"layers.0.{field}"] for field in LayerWeights._fields if f"layers.0.{field}" in forms}
     example = 24  # tokens; any number that is no other size here

@@ -9,6 +9,7 @@ count.c; shapes are SmolLM2-135M's, in groups of 32 and per row. The last line i
 import json
 import os
 import sys
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -65,9 +66,8 @@ def _instructions() -> int:
     stderr = os.dup(2)
     os.dup2(write, 2)
     try:
-        os.getpriority(99, 0)
-    except OSError:
-        pass  # there is no such priority
+        with suppress(OSError):  # there is no such priority
+            os.getpriority(99, 0)
     finally:
         os.dup2(stderr, 2)
     answer = os.read(read, 100)

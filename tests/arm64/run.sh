@@ -17,7 +17,7 @@
 set -euo pipefail
 
 SUITE=bookworm PYTHON=3.11 GLIBC=36 # a Debian release, and the Python and the minor version of glibc 2 it ships
-PACKAGES=g++,python3
+PACKAGES=g++,libpython3-dev,python3
 LOCKS=(requirements/linux-aarch64.txt requirements/models.txt)
 ROOT=build/arm64/root
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from model.cpu import COMPILER_FLAGS, family, runs
 from model.errors import InputError
 from model.int4_linear import Int4, kernel, pack, quantize_activations
-from model.kernels import KERNELS, build, declare, load
+from model.kernels import KERNELS, build
 from model.kv_cache import PAGE, KVCache, Place
 
 FAMILIES = [name for name in COMPILER_FLAGS if runs(name)]
@@ -99,9 +99,6 @@ def test_this_machine_runs_a_family() -> None:
     assert FAMILIES
 
 
-# --------------------------------------------------------------------------------------------------------- activations
-
-
 class Int8Token(NamedTuple):
     """A token's activations in 8 bits: x = (value - zero) * step."""
 
@@ -128,6 +125,19 @@ def qai8dx(x_I: NDArray[np.float32]) -> Int8Token:
 
 HALVES = torch.arange(126) - 2.5
 """Half-way between two values where the range, of 255, has steps of 1."""
+
+
+def almost_halves(low: float, high: float) -> Tensor:
+    """A token of that range whose products with the factor are half-way between values only once they are rounded."""
+    factor = np.float32(255) / np.float32(high - low)
+    x = ((np.arange(-100, 100) + 0.5) / factor).astype(np.float32)
+    found = x[((x * factor) % 1 == 0.5) & (x.astype(np.float64) * float(factor) % 1 != 0.5) & (x > low) & (x < high)]
+    assert len(found) > 8
+    return torch.nn.functional.pad(
+        torch.from_numpy(np.concatenate([np.array([low, high], dtype=np.float32), found])), (0, 128)
+    )[:128]
+
+
 ACTIVATIONS = {
     "both-signs": random(MOST_TOKENS, 128),
     "positive": random(8, 128).abs() + 0.5,
@@ -138,8 +148,9 @@ ACTIVATIONS = {
     "magnitudes": random(60, 128) * torch.logspace(-6, 6, 60)[:, None],
     "one-outlier": torch.cat([random(4, 127), torch.tensor([1e4, -1e4, 1e-4, 0])[:, None]], dim=1),
     "constant": torch.full((1, 128), 0.7),
-    "ties": torch.stack([torch.cat([torch.tensor([low, low + 255]), HALVES]) for low in (-100.5, -51.5)]),
-    "many": random(1500, 32, seed=5).repeat(1, 4),  # enough that products not rounded before their sums would show
+    "ties": torch.stack([torch.cat([torch.tensor([low, low + 255]), HALVES]) for low in (-100.5, -51.5, -101.0)]),
+    "almost-ties": torch.stack([almost_halves(-high, high) for high in (0.75, 1.3, 2.9)]),
+    "many": random(1000, 128, seed=5),
 }
 each_activations = pytest.mark.parametrize("x_TI", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
 
@@ -161,9 +172,6 @@ def test_kernel_quantizes_activations_as_kleidiai(x_TI: Tensor, native: Native) 
     expected = np.stack([(token.values - token.zero).astype(np.float32) * token.step for token in tokens])
     found = native.int4_linear(x_TI, unit).numpy() + np.float32(0)
     assert found.tobytes() == (expected + np.float32(0)).tobytes()
-
-
-# -------------------------------------------------------------------------------------------------------- int4 product
 
 
 class Matrix(NamedTuple):
@@ -348,7 +356,7 @@ STEPS = {
     "one-token": ([0], [1]),
     "mid-page": ([37], [30]),
     "decode": ([600], [1]),
-    "batch": ([0, 5, 16, 31, 130, 64], [20, 1, 3, 1, 1, 16]),
+    "batch": ([0, 20, 21, 31, 130, 64], [20, 1, 3, 1, 1, 16]),  # positions of the first three continue each other
 }
 
 
@@ -447,19 +455,18 @@ def test_prompt_in_pieces_is_the_whole_prompt(heads: int, kv_heads: int, dim: in
 
 @each_heads
 def test_sequence_in_a_batch_is_the_sequence_alone(heads: int, kv_heads: int, dim: int, native: Native) -> None:
-    """Every bit, in two orders of the batch, and with its sequences' tokens dealt out in turn."""
+    """Every bit, in two orders of the sequences, and with all tokens in reverse."""
     all_of = sequences(heads, kv_heads, dim, *STEPS["batch"])
     chosen = [(row, 0, len(qkv)) for row, qkv in enumerate(all_of.qkv)]
     together = step(native, all_of, copy(all_of.cache), chosen)
     backwards = step(native, all_of, copy(all_of.cache), chosen[::-1])[::-1]
-    tokens = sorted(((row, token, token + 1) for row, _, count in chosen for token in range(count)), key=lambda t: t[1])
-    dealt = step(native, all_of, copy(all_of.cache), tokens)
+    single = [(row, token, token + 1) for row, _, count in chosen for token in range(count)][::-1]
+    singly = dict(zip(single, step(native, all_of, copy(all_of.cache), single), strict=True))
     for row, one in enumerate(chosen):
         (alone,) = step(native, all_of, copy(all_of.cache), [one])
         assert torch.equal(alone, together[row])
         assert torch.equal(alone, backwards[row])
-        own = [out for out, (owner, _, _) in zip(dealt, tokens, strict=True) if owner == row]
-        assert torch.equal(alone, torch.cat(own))
+        assert torch.equal(alone, torch.cat([singly[row, token, token + 1] for token in range(len(alone))]))
 
 
 @each_heads
@@ -502,16 +509,7 @@ def test_kernels_follow_torchs_threads(native: Native, set_threads: Callable[[in
         assert native.library.omp_get_max_threads() == threads
 
 
-# ----------------------------------------------------------------------------------------------- building and operators
-
-
-@pytest.fixture(scope="module")
-def operators(built: dict[str, Path]) -> None:
-    load(built[family()])
-    declare()
-
-
-@pytest.mark.usefixtures("operators")
+@pytest.mark.usefixtures("kernels")
 def test_attention_operator_is_the_kernel(natives: dict[str, Native]) -> None:
     all_of = sequences(9, 3, 64, [37], [30])
     place = Place(all_of.rotary, torch.arange(37, 67), torch.zeros(30, dtype=torch.int64), all_of.tables)
@@ -524,14 +522,14 @@ def test_attention_operator_is_the_kernel(natives: dict[str, Native]) -> None:
 
 
 @x86_only
-@pytest.mark.usefixtures("operators")
+@pytest.mark.usefixtures("kernels")
 def test_int4_operator_is_the_kernel(natives: dict[str, Native]) -> None:
     weight, x_TI = random_matrix(37, 128, 32).packed, random(5, 128)
     found = torch.ops.emerald.int4_linear(x_TI.T.contiguous().T, weight.packed, 32, 128, 37)
     assert torch.equal(found, natives[family()].int4_linear(x_TI, weight))
 
 
-@pytest.mark.usefixtures("operators")
+@pytest.mark.usefixtures("kernels")
 def test_operators_declare_what_they_do() -> None:
     """Of what shape the result is, and which arguments they write to: what `torch.export` goes by."""
     tests = ("test_schema", "test_faketensor")

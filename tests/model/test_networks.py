@@ -11,34 +11,30 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.checkpoint import SafetensorsCheckpoint
-from model.engine import Engine
 from model.errors import InputError
-from model.int4_linear import Dense, Int4, Int8, Weight, dequantize, weight_named
-from model.llama import LayerWeights, Network, sequence_logits
-from model.networks import EMBEDDING, HEAD, Int4Folder, float_network, packed_tensors, quantized_network
+from model.int4_linear import Dense, Int4, Packing, Weight, kernel, linear, packed_bytes, rows
+from model.llama import LayerWeights, sequence_logits
+from model.networks import EMBEDDING, HEAD, NORM, Int4Folder, float_network, packed_weights, quantized_network
 from model.recipe import Bits, Recipe
-from model.sampling import Sampling
 from tests.conftest import TINY
-from tests.model.conftest import load_tokenizer, write_int4, write_random_model
+from tests.model.conftest import write_int4, write_random_model
 
 TOKENS = torch.randint(TINY.vocab, (30,), generator=torch.Generator().manual_seed(2))
-Q, K, V = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkv")
+PARTS = {
+    "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "output": ["self_attn.o_proj"],
+    "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+    "down": ["mlp.down_proj"],
+}
+G32 = Recipe(scheme="int4-g32", head_bits=8, embedding_bits=8)
 
 
-def packed_network(folder: Int4Folder) -> Network:
-    """The engine's packed weights, computed eagerly by the kernels that the engine compiles."""
-    tensors = dict(packed_tensors(folder))
-
-    def layer(index: int) -> LayerWeights:
-        prefix = f"layers.{index}."
-        matrices = {name: weight_named(prefix + name, tensors) for name in ("qkv", "output", "gate_up", "down")}
-        norms = {name: tensors[prefix + name] for name in ("attention_norm", "mlp_norm")}
-        return LayerWeights(**norms, **matrices)  # type: ignore[arg-type]
-
-    embedding = weight_named("embedding", tensors)
-    table = embedding.weight.float() if isinstance(embedding, Dense) else dequantize(embedding)
-    layers = [layer(index) for index in range(folder.architecture.layers)]
-    return Network(folder.architecture, table, layers, tensors["norm"], weight_named("head", tensors))
+def weight_of(weight: Weight | Tensor) -> Tensor:
+    """The float32 matrix [O, I] that a packed one stands for, read back from its bytes."""
+    assert not isinstance(weight, Tensor)
+    if isinstance(weight, Dense):
+        return weight.weight.float()
+    return rows(weight, torch.arange(weight.outputs), kernel())
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -50,35 +46,99 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("head_bits", get_args(Bits))
 @pytest.mark.parametrize("embedding_bits", get_args(Bits))
 def test_every_recipe(tmp_path: Path, scheme: str, head_bits: Bits, embedding_bits: Bits, tied_head: bool) -> None:
-    model = write_random_model(tmp_path / "model", replace(TINY, tied_head=tied_head))
+    """Each packed weight has the recipe's form, the exact size, and the canonical values in its bytes."""
+    model = write_random_model(tmp_path / "model", replace(TINY, tied_head=tied_head, layers=1))
     recipe = Recipe(scheme=scheme, head_bits=head_bits, embedding_bits=embedding_bits)  # type: ignore[arg-type]
     folder = Int4Folder(write_int4(model, recipe, tmp_path))
-    forms: dict[int, type[Weight]] = {4: Int4, 8: Int8, 16: Dense}
-    tensors = dict(packed_tensors(folder))
-    assert type(weight_named("head", tensors)) is forms[head_bits]
-    assert type(weight_named("embedding", tensors)) is forms[embedding_bits]
-    assert type(weight_named("layers.0.qkv", tensors)) is Int4
+    packed = dict(packed_weights(folder, kernel()))
+    canonical = {"embedding": [EMBEDDING], "head": [HEAD]}
+    canonical |= {f"layers.0.{f}": [f"model.layers.0.{part}.weight" for part in PARTS[f]] for f in PARTS}
+    bits = {"embedding": embedding_bits, "head": head_bits}
+    if tied_head and embedding_bits == head_bits:
+        del canonical["embedding"]
+    assert set(packed) == {*canonical, "norm", "layers.0.attention_norm", "layers.0.mlp_norm"}
+    for name, sources in canonical.items():
+        weight, expected = packed[name], torch.cat([folder.float_matrix(source) for source in sources])
+        torch.testing.assert_close(weight_of(weight), expected, rtol=0, atol=1e-7)
+        if bits.get(name, 4) == 16:
+            assert isinstance(weight, Dense) and weight.weight.dtype == torch.bfloat16
+        else:
+            assert isinstance(weight, Int4)
+            assert weight.group == (32 if scheme == "int4-g32" else weight.inputs)
+            assert (weight.outputs, weight.inputs) == expected.shape
+            assert weight.planes == bits.get(name, 4) // 4
+            assert weight.packed.numel() == packed_bytes(weight, kernel())
     exact = SafetensorsCheckpoint(model).tensor(EMBEDDING if tied_head else HEAD).float()
-    bound = {4: 0.13, 8: 0.015, 16: 0.0}[head_bits]
-    assert 0 <= relative(folder.float_matrix(HEAD), exact) <= bound
-    dequantized = quantized_network(folder, int8_activations=False)
-    expected = sequence_logits(dequantized, TOKENS)
-    torch.testing.assert_close(sequence_logits(packed_network(folder), TOKENS), expected, rtol=0, atol=1e-4)
-    engines = [Engine(model_, load_tokenizer(model), 64) for model_ in (packed_network(folder), dequantized)]
-    said = [[piece.text for piece in engine.generate([5, 6], Sampling(temperature=0))] for engine in engines]
-    assert said[0] == said[1]
+    assert relative(folder.float_matrix(HEAD), exact) <= {4: 0.13, 8: 0.015, 16: 0.0}[head_bits]
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32", "int4-channel"])
+@pytest.mark.parametrize("field", PARTS)
+def test_kernel_multiplies_by_the_weights_of_the_reference(
+    kernels: None, tmp_path: Path, scheme: str, field: str
+) -> None:
+    """From the same input, so that 8-bit activations are the same in both."""
+    model = write_random_model(tmp_path / "model")
+    recipe = Recipe(scheme=scheme, head_bits=8, embedding_bits=8)  # type: ignore[arg-type]
+    folder = Int4Folder(write_int4(model, recipe, tmp_path))
+    packed = dict(packed_weights(folder, kernel()))
+    for layer, weights in enumerate(quantized_network(folder, as_served=True)._layers):
+        dense: Dense = getattr(weights, field)
+        x_TI = torch.randn(9, dense.weight.shape[1], generator=torch.Generator().manual_seed(layer))
+        weight = packed[f"layers.{layer}.{field}"]
+        assert isinstance(weight, Int4) and dense.int8_activations
+        assert relative(linear(x_TI, weight), linear(x_TI, dense)) < 1e-6
+        assert relative(linear(x_TI, weight), linear(x_TI, Dense(dense.weight))) > 1e-3
 
 
 def test_quantized_network_stays_near_the_float_one(tmp_path: Path) -> None:
     """An order of closeness: eight-bit activations add little to the error of four-bit weights."""
     model = write_random_model(tmp_path / "model")
-    recipe = Recipe(scheme="int4-g32", head_bits=8, embedding_bits=8)
-    folder = Int4Folder(write_int4(model, recipe, tmp_path))
+    folder = Int4Folder(write_int4(model, G32, tmp_path))
     exact = sequence_logits(float_network(SafetensorsCheckpoint(model), torch.float32), TOKENS)
-    weights_only = sequence_logits(quantized_network(folder, int8_activations=False), TOKENS)
-    activations_too = sequence_logits(quantized_network(folder, int8_activations=True), TOKENS)
+    weights_only = sequence_logits(quantized_network(folder, as_served=False), TOKENS)
+    as_served = sequence_logits(quantized_network(folder, as_served=True), TOKENS)
     assert 0.02 < relative(weights_only, exact) < 0.3
-    assert 0.001 < relative(activations_too, weights_only) < 0.1
+    assert 0.001 < relative(as_served, weights_only) < 0.1
+
+
+@pytest.mark.parametrize("head_bits", get_args(Bits))
+def test_as_served_rounds_what_the_engine_rounds(tmp_path: Path, head_bits: Bits) -> None:
+    """Activations of quantized matrices, a head of 16 bits among them not, and the KV cache."""
+    model = write_random_model(tmp_path / "model")
+    folder = Int4Folder(write_int4(model, replace(G32, head_bits=head_bits), tmp_path))
+    for as_served, kv_dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        network = quantized_network(folder, as_served=as_served)
+        assert network.kv_dtype == kv_dtype
+        assert isinstance(network._head, Dense)
+        assert network._head.int8_activations == (as_served and head_bits != 16)
+        for layer in network._layers:
+            assert {weight.int8_activations for weight in layer if isinstance(weight, Dense)} == {as_served}
+
+
+def test_packed_layers_have_the_fields_of_the_network(tmp_path: Path) -> None:
+    folder = Int4Folder(write_int4(write_random_model(tmp_path / "model"), G32, tmp_path))
+    packed = dict(packed_weights(folder, kernel()))
+    expected = {f"layers.{layer}.{field}" for layer in range(TINY.layers) for field in LayerWeights._fields}
+    assert {name for name in packed if name.startswith("layers.")} == expected
+    for field, source in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")):
+        norm = packed[f"layers.1.{field}"]
+        assert isinstance(norm, Tensor) and norm.dtype == torch.float32
+        assert torch.equal(norm, folder.tensor(f"model.layers.1.{source}.weight").float())
+    assert torch.equal(torch.as_tensor(packed["norm"]), folder.tensor(NORM).float())
+
+
+@pytest.mark.parametrize("packing", get_args(Packing))
+def test_one_packing_is_used_throughout(tmp_path: Path, packing: Packing) -> None:
+    if packing != kernel() and packing == "kleidiai":
+        pytest.skip("KleidiAI packs on aarch64 alone")
+    folder = Int4Folder(write_int4(write_random_model(tmp_path / "model"), G32, tmp_path))
+    sizes = {
+        packed_bytes(weight, packing) == weight.packed.numel()
+        for _, weight in packed_weights(folder, packing)
+        if isinstance(weight, Int4)
+    }
+    assert sizes == {True}
 
 
 def test_canonical_folder_holds_the_documented_names(tmp_path: Path) -> None:
@@ -91,23 +151,13 @@ def test_canonical_folder_holds_the_documented_names(tmp_path: Path) -> None:
         f"{HEAD}.values",
         f"{HEAD}.scales",
     }
-    assert (tensors[f"{Q}.values"].dtype, tensors[f"{Q}.values"].shape) == (torch.uint8, (128, 64))
-    assert (tensors[f"{Q}.scales"].dtype, tensors[f"{Q}.scales"].shape) == (torch.bfloat16, (128, 4))
-
-
-def test_fused_projection_keeps_every_row(tmp_path: Path) -> None:
-    model = write_random_model(tmp_path / "model")
-    recipe = Recipe(scheme="int4-g32", head_bits=8, embedding_bits=8)
-    folder = Int4Folder(write_int4(model, recipe, tmp_path))
-    fused = weight_named("layers.1.qkv", dict(packed_tensors(folder)))
-    assert isinstance(fused, Int4)
-    expected = torch.cat([folder.float_matrix(name) for name in (Q, K, V)])
-    torch.testing.assert_close(dequantize(fused), expected, rtol=1e-6, atol=0)
+    query = "model.layers.1.self_attn.q_proj.weight"
+    assert (tensors[f"{query}.values"].dtype, tensors[f"{query}.values"].shape) == (torch.uint8, (128, 64))
+    assert (tensors[f"{query}.scales"].dtype, tensors[f"{query}.scales"].shape) == (torch.bfloat16, (128, 4))
 
 
 def test_damaged_folder_is_refused(tmp_path: Path) -> None:
-    model = write_random_model(tmp_path / "model")
-    int4 = write_int4(model, Recipe(scheme="int4-g32", head_bits=8, embedding_bits=8), tmp_path)
+    int4 = write_int4(write_random_model(tmp_path / "model"), G32, tmp_path)
     path = int4 / "weights-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InputError, match=r'weights-00001\.safetensors: \d+ bytes found.*run "python -m pipeline run"'):

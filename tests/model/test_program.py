@@ -34,7 +34,7 @@ from model.tokenizer import Tokenizer
 from tests.conftest import LLAMA31_ROPE, ROOT, TINY
 from tests.model.conftest import (
     CONTEXT,
-    Exact,
+    Shaken,
     all_logits,
     assert_chosen_as_by_the_reference,
     divergence,
@@ -52,22 +52,16 @@ SAME = 1e-5
 """Relative distance of results that differ in the order of sums alone."""
 FLIPPED = 0.05
 """What roundings that fell the other way may do to a layer's result."""
-VARIANTS: dict[str, tuple[Architecture, Recipe]] = {
-    "one table": (
-        replace(TINY, tied_head=True, rope_scaling=LLAMA31_ROPE, kv_heads=1),
-        Recipe(scheme="int4-channel", embedding_bits=8, head_bits=8),
-    ),
-    "two tables": (replace(TINY, tied_head=True), Recipe(scheme="int4-g32", embedding_bits=4, head_bits=16)),
-}
+ONE_TABLE, TWO_TABLES = "groups, one table", "channels, two tables"
 
 
-@pytest.fixture(scope="session", params=["groups", *VARIANTS])
+@pytest.fixture(scope="session", params=[ONE_TABLE, TWO_TABLES])
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An int4 folder and its engine; each takes half a minute."""
-    if request.param == "groups":
+    """An int4 folder and its engine: the other tests' one, and one that differs from it wherever it can."""
+    if request.param == ONE_TABLE:
         return request.getfixturevalue("int4"), request.getfixturevalue("engine_folder")
-    architecture, recipe = VARIANTS[request.param]
-    root = tmp_path_factory.mktemp("variant")
+    root, architecture = tmp_path_factory.mktemp("other"), replace(TINY, rope_scaling=LLAMA31_ROPE, kv_heads=1)
+    recipe = Recipe(scheme="int4-channel", embedding_bits=4, head_bits=16)
     int4 = write_int4(write_random_model(root / "model", architecture), recipe, root)
     return int4, export(int4, root / "engine")
 
@@ -90,7 +84,8 @@ def distances(compiled: CompiledModel, reference: Network, tokens: list[int]) ->
     """Relative distances [T] of each program's results to the reference's, from the reference's own inputs."""
 
     def relative(found_TD: Tensor, expected_TD: Tensor, to: Tensor) -> Tensor:
-        return (found_TD - expected_TD).norm(dim=1) / to.norm(dim=1)
+        distance_T: Tensor = (found_TD - expected_TD).norm(dim=1) / to.norm(dim=1)
+        return distance_T
 
     place = scattered(reference.architecture, len(tokens))
     caches = [new_caches(reference.architecture, place.tables_BP.shape[1], torch.bfloat16) for _ in range(2)]
@@ -117,14 +112,13 @@ def test_each_program_computes_its_equations(folders: tuple[Path, Path], length:
 
 def test_whole_network_is_as_near_to_the_reference_as_rounding_allows(folders: tuple[Path, Path]) -> None:
     compiled, reference = CompiledModel(folders[1]), quantized_network(Int4Folder(folders[0]), as_served=True)
-    found = allowed = 0.0
+    unrounded, found = quantized_network(Int4Folder(folders[0]), as_served=False), torch.zeros(3)
     for seed in range(8):
-        tokens = random_tokens(CONTEXT, seed)
-        expected_TV = all_logits(reference, tokens)
-        found += divergence(expected_TV, all_logits(compiled, tokens))
-        allowed += divergence(expected_TV, all_logits(Exact(reference), tokens))
-    weights_alone = quantized_network(Int4Folder(folders[0]), as_served=False)
-    assert found < 2 * allowed < 8 * divergence(all_logits(weights_alone, tokens), expected_TV)
+        expected_TV = all_logits(reference, tokens := random_tokens(CONTEXT, seed))
+        others = (compiled, Shaken(reference), unrounded)
+        found += torch.tensor([divergence(expected_TV, all_logits(other, tokens)) for other in others])
+    print(found)
+    assert found[0] < 2 * found[1] < 2 * found[2]
 
 
 def test_greedy_tokens_are_the_references(engine: Engine, reference: Network) -> None:
@@ -172,15 +166,15 @@ def test_engine_says_what_it_is(engine_folder: Path, reference: Network) -> None
 
 def test_engine_holds_every_weight_once(folders: tuple[Path, Path]) -> None:
     """Packed, to the byte; a tied embedding with as many bits as the head is the head."""
-    int4, folder = folders
+    folder = folders[1]
     manifest, tensors = json.loads((folder / "manifest.json").read_text()), read_shards(folder)
     arch, recipe = Architecture.from_dict(manifest["architecture"]), manifest["recipe"]
-    group = {"int4-g32": lambda inputs: 32, "int4-channel": lambda inputs: inputs}[recipe["scheme"]]
 
     def size(outputs: int, inputs: int, bits: int = 4) -> int:
         if bits == 16:
             return 2 * outputs * inputs
-        return packed_bytes(Int4(torch.empty(0), group(inputs), inputs, outputs, bits // 4), kernel())
+        group = 32 if recipe["scheme"] == "int4-g32" else inputs
+        return packed_bytes(Int4(torch.empty(0), group, inputs, outputs, bits // 4), kernel())
 
     layer = [(arch.qkv_rows, arch.hidden), (arch.hidden, arch.heads * arch.head_dim)]
     layer += [(2 * arch.mlp, arch.hidden), (arch.hidden, arch.mlp)]
@@ -229,11 +223,13 @@ def test_remedy_names_the_stage() -> None:
 
 
 def test_engine_packed_for_another_kernel_is_refused(copied: Path) -> None:
-    other = {"kleidiai": "blocks", "blocks": "kleidiai"}[kernel()]
-    edit_manifest(copied, packing=other)
-    message = rf"{copied}: \S+: \d+ values of torch.uint8, expected \d+ bytes of packing '{other}'"
-    with pytest.raises(InputError, match=f'{message}: run "python -m pipeline run export"'):
+    edit_manifest(copied, packing="split-halves")
+    with pytest.raises(InputError) as caught:
         Engine.load(copied)
+    assert str(caught.value) == (
+        f"{copied}: packed as 'split-halves', this machine's kernel reads {kernel()!r}: "
+        'run "python -m pipeline run export" here'
+    )
 
 
 def cut(tensor: Tensor) -> Tensor:
@@ -246,9 +242,7 @@ def extend(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["embedding", "head", "layers.0.qkv", "layers.1.down"])
 @pytest.mark.parametrize("damage", [cut, extend, Tensor.short])
-def test_sealed_weight_of_another_size_is_refused(
-    copied: Path, name: str, damage: Callable[[Tensor], Tensor]
-) -> None:
+def test_sealed_weight_of_another_size_is_refused(copied: Path, name: str, damage: Callable[[Tensor], Tensor]) -> None:
     """The program would read beyond it: native code does not look at sizes."""
     path, manifest = copied / "weights-00001.safetensors", json.loads((copied / "manifest.json").read_text())
     tensors = load_file(path)
@@ -294,11 +288,12 @@ def test_int4_folder_is_no_engine(int4: Path) -> None:
 @pytest.mark.parametrize("tokens", [CONTEXT + 1, 10 * CONTEXT])
 def test_more_tokens_than_the_context_are_refused(engine: Engine, tokens: int) -> None:
     """A position beyond the rotary table, or a page beyond the table, would be read from memory that is not theirs."""
-    for ask in (
+    asked: tuple[Callable[[], object], ...] = (
         lambda: engine.next_logits([5] * tokens),
         lambda: engine.begin([5, 6], tokens),
         lambda: next(engine.greedy([5, 6], tokens - 2)),
-    ):
+    )
+    for ask in asked:
         with pytest.raises(InputError, match=f"{tokens} tokens.*the context holds {CONTEXT}"):
             ask()
     assert engine.next_logits([5] * CONTEXT).isfinite().all()
@@ -307,17 +302,15 @@ def test_more_tokens_than_the_context_are_refused(engine: Engine, tokens: int) -
 # Exports that must not be begun
 
 
-@pytest.mark.parametrize("cpu", ["z80", "x86-64-v9", "x86-64-v2", "aarch64+sve9", ""])
+@pytest.mark.parametrize("cpu", ["z80", "x86-64-v9", "x86-64-v2", "aarch64+sve9"])
 def test_unknown_family_is_refused(int4: Path, tmp_path: Path, cpu: str) -> None:
-    with pytest.raises(InputError, match=re.escape(cpu)):
+    with pytest.raises(InputError, match=rf"the CPU family {cpu!r}|export\.cpu = {re.escape(cpu)}: this machine is "):
         export(int4, tmp_path / "engine", cpu=cpu)
     assert not (tmp_path / "engine").exists()
 
 
-def test_family_that_this_machine_cannot_run_is_refused(
-    int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    foreign = next(known for known in COMPILER_FLAGS if not runs(known)) if not all(map(runs, COMPILER_FLAGS)) else ""
+def test_family_that_this_machine_cannot_run_is_refused(int4: Path, tmp_path: Path) -> None:
+    foreign = next(known for known in COMPILER_FLAGS if not runs(known))  # x86-64 or aarch64
     with pytest.raises(InputError) as caught:
         export(int4, tmp_path / "engine", cpu=foreign)
     assert str(caught.value) == (
@@ -359,10 +352,11 @@ print(*{name.partition(".")[0] if not name.startswith("torch.") else name for na
 
 
 def test_serving_compiles_nothing_and_loads_no_compiler(engine_folder: Path, engine: Engine, tmp_path: Path) -> None:
-    """Without a compiler, and without a place to write to."""
+    """Without a compiler, and leaving nothing behind: torch unpacks programs into a temporary folder."""
     nowhere = str(tmp_path / "nowhere")
-    process = python(SERVE, engine_folder, PATH=nowhere, CXX=nowhere, TMPDIR=nowhere, HOME=nowhere)
+    process = python(SERVE, engine_folder, PATH=nowhere, CXX=nowhere, HOME=nowhere, TMPDIR=str(tmp_path))
     text, modules = process.communicate()[0].splitlines()
+    assert list(tmp_path.iterdir()) == []
     assert text == "".join(piece.text for piece in engine.generate([5, 6, 7], Sampling(temperature=0, max_tokens=20)))
     loaded = set(modules.split())
     assert {"torch", "model", "tokenizers"} <= loaded

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from model.errors import InputError
-from model.int4_linear import Dense, linear
+from model.int4_linear import Dense, kernel, linear, pack, rows
 from model.quantization import Quantized, pack_nibbles, quantization_error, quantize, search_scales, unpack_nibbles
 
 STEPS = 14
@@ -167,8 +167,19 @@ def test_int8_errs_by_half_a_step_at_most(group: int) -> None:
     step = quantized.scales.float().repeat_interleave(group, dim=1)
     error = (weight - quantized.dequantize()).abs()
     assert (error <= step * 0.51 + weight.abs() * 2**-8).all()  # 2**-8: a bf16 scale can clip the largest weight
-    assert quantized.values.abs().max() >= 127
+    assert quantized.values.abs().max() == 119
     assert sqnr_db(weight, quantized.dequantize()) > 40
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 256])
+def test_whatever_is_quantized_can_be_packed(bits: int, group: int) -> None:
+    """An outlier in every group, so that its values reach the end of the range, on either side."""
+    weight = gaussian(64, 256)
+    weight[:, ::32] *= 1000
+    quantized = quantize("w", weight, bits, group, STEPS)
+    packed = pack(quantized.values, quantized.scales, bits, kernel())
+    torch.testing.assert_close(rows(packed, torch.arange(64), kernel()), quantized.dequantize(), rtol=1e-6, atol=1e-6)
 
 
 def test_error_report_is_the_direct_computation() -> None:
