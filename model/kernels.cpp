@@ -223,7 +223,9 @@ void tile(const Int4& w, int64_t block, Quantized x, float* y) {
         const int64_t first = (block + b) * LANES, count = std::min<int64_t>(LANES, w.outputs - first);
         for (int m = 0; m < M; m++) {
             const F32 result = (total[b][m] * (1 / WEIGHT_UNIT) - row_sums * x.zero[m]) * x.scale[m];
-            std::memcpy(y + m * w.outputs + first, &result, count * sizeof(float));
+            float* out = y + m * w.outputs + first;
+            if (count == LANES) store(out, result);
+            else std::memcpy(out, &result, count * sizeof(float));
         }
     }
 }

