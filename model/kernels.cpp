@@ -4,7 +4,8 @@
 // Built at export for the target CPU family and shipped beside the programs. They use the compiler's own vector types:
 // sixteen float lanes are one register of AVX-512, two of AVX2, four of NEON. Every token is computed in an order that
 // depends on nothing but itself, so results do not change, not by a bit, with what else is in the batch, with how a
-// prompt is split, or with the number of threads.
+// prompt is split, or with the number of threads. That matters: activations are rounded to 8 bits, and a difference in
+// the seventh digit that tips one of them over changes what follows as much as any rounding does.
 //
 // Layouts. Keys of a page: [head dim][16 slots], so that one query element meets 16 slots in one instruction. Values of
 // a page: [16 slots][head dim]. Both bfloat16. Int4: see struct Int4.
