@@ -181,14 +181,15 @@ class Engine:
             x_TD = self._forward(sequences, shares)
             lasts, logits = [], dict[int, Tensor]()
             for row, (sequence, share) in enumerate(zip(sequences, shares, strict=True)):
-                sequence.computed += share
-                self._pages.publish(sequence)
-                if sequence.computed == len(sequence.tokens):
+                if sequence.computed + share == len(sequence.tokens):
                     lasts.append((row, sum(shares[: row + 1]) - 1))
             if lasts:
                 chosen = [last for _, last in lasts]
                 logits_BV = self._model.head(x_TD if len(chosen) == len(x_TD) else x_TD[chosen])
                 logits = {row: logits_V for (row, _), logits_V in zip(lasts, logits_BV, strict=True)}
+        for sequence, share in zip(sequences, shares, strict=True):
+            sequence.computed += share
+            self._pages.publish(sequence)
         return [logits.get(row) for row in range(len(sequences))]
 
     def _pieces(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Piece]:

@@ -154,14 +154,16 @@ struct Quantized {
 // would fall differently.
 __attribute__((optimize("fp-contract=off"))) void quantize(const float* x, const Int4& w, uint8_t* values, float* scale,
                                                            float* zero) {
-    F32 leasts = {}, mosts = {};
+    F32 leasts = {}, mosts = {}, faults = {};  // NaN where an activation is NaN or infinite, else 0
     for (int64_t i = 0; i < w.inputs; i += LANES) {
         const F32 here = load(x + i);
+        faults += here - here;
         leasts = here < leasts ? here : leasts;
         mosts = here > mosts ? here : mosts;
     }
-    float least = 0, most = 0;
+    float least = 0, most = 0, fault = 0;
     for (int i = 0; i < LANES; i++) {
+        fault += faults[i];
         least = std::min(least, leasts[i]);
         most = std::max(most, mosts[i]);
     }
@@ -176,7 +178,7 @@ __attribute__((optimize("fp-contract=off"))) void quantize(const float* x, const
         value = value > 255.0f ? broadcast(255.0f) : value;
         *reinterpret_cast<U8*>(values + i) = __builtin_convertvector(__builtin_convertvector(value, I32), U8);
     }
-    *scale = 1.0f / factor;
+    *scale = 1.0f / factor + fault;
     *zero = point;
 }
 
@@ -220,10 +222,11 @@ void tile(const Int4& w, int64_t block, Quantized x, float* y) {
         }
     }
     for (int b = 0; b < B; b++) {
-        const F32 row_sums = load(w.sums + (block + b) * LANES);
+        const F32 row_sums = load(w.sums + (block + b) * LANES) * WEIGHT_UNIT;
         const int64_t first = (block + b) * LANES, count = std::min<int64_t>(LANES, w.outputs - first);
         for (int m = 0; m < M; m++) {
-            const F32 result = (total[b][m] * (1 / WEIGHT_UNIT) - row_sums * x.zero[m]) * x.scale[m];
+            // One product alone is subtracted, so that there is one way to fuse, and the same bits whatever B and M are.
+            const F32 result = (total[b][m] - row_sums * x.zero[m]) * (x.scale[m] / WEIGHT_UNIT);
             float* out = y + m * w.outputs + first;
             if (count == LANES) store(out, result);
             else std::memcpy(out, &result, count * sizeof(float));
@@ -289,8 +292,9 @@ struct Attention {
     int64_t page(int64_t token, int64_t index, int64_t kv_head) const {
         return (tables[rows[token] * width + index] * kv_heads + kv_head) * LANES * dim;
     }
-    // Half-split rotary embedding of one head, times `scale`, into `to` [dim].
-    void rotate(int64_t token, const float* x, float scale, float* to) const {
+    // Half-split rotary embedding of one head, times `scale`, into `to` [dim]. Of two products only one could be fused with
+    // their sum; with none it is the same bits wherever this is inlined.
+    __attribute__((optimize("fp-contract=off"))) void rotate(int64_t token, const float* x, float scale, float* to) const {
         const float *cos = rotary + positions[token] * 2 * dim, *sin = cos + dim;
         for (int64_t i = 0; i < dim / 2; i += LANES) {
             const int64_t j = i + dim / 2;

@@ -160,6 +160,6 @@ class _Keys:
         self._digest = sha256()
 
     def next(self, tokens: Sequence[int]) -> bytes:
-        self._digest.update(repr(tokens[PAGE * self.pages : PAGE * (self.pages + 1)]).encode())
+        self._digest.update(repr(list(tokens[PAGE * self.pages : PAGE * (self.pages + 1)])).encode())
         self.pages += 1
         return self._digest.digest()
