@@ -89,7 +89,7 @@ class Pages:
             self._hold(page)
         missing = -(-room // PAGE) - len(shared)
         if missing > len(self._free) + self._unheld():
-            self._release(shared)
+            self._release(reversed(shared))
             raise CacheFullError(
                 f"the KV cache holds {PAGE * self.count} tokens, and a sequence of {room} does not fit beside the open"
                 " ones: wait for one to end"
