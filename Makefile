@@ -25,12 +25,12 @@ serve: setup ## serve the OpenAI-compatible HTTP interface on HOST and PORT
 test: setup ## run the tests (under 15 minutes on 2 cores)
 	@$(RUN) -m pytest tests --ignore=tests/resilience $(ARGS)
 
-ARM_KERNEL_TESTS := tests/model/test_kernels.py tests/model/test_int4_linear.py tests/model/test_cpu.py
-ARM_TESTS ?= $(ARM_KERNEL_TESTS) tests/arm64
+ARM_KERNEL_TESTS := tests/model/test_int4_linear.py tests/model/test_cpu.py
+ARM_TESTS ?= $(ARM_KERNEL_TESTS) tests/model/test_kernels.py tests/arm64
 test-arm64: setup ## kernels, packing, export and engine on emulated Arm, with i8mm and bf16 and without (needs root)
 	@for cpu in max neoverse-n1; do tests/arm64/run.sh $$cpu python3 -m pytest $(ARM_TESTS) $(ARGS) || exit; done
 
-test-arm64-kernels: ## the quick part of test-arm64
+test-arm64-kernels: ## the quick part of test-arm64: KleidiAI's packing and products
 	@$(MAKE) --no-print-directory test-arm64 ARM_TESTS="$(ARM_KERNEL_TESTS)"
 
 test-resilience: setup ## kill the whole pipeline at ten random moments and compare what it builds

@@ -40,6 +40,10 @@ CONTEXT = 200
 """Of the tiny engines; not a whole number of the cache's pages, on purpose."""
 NEAR_TIE = 1e-3
 """Logits closer than this are a near-tie."""
+SAME = 1e-5
+"""Relative distance of results that differ in the order of sums alone."""
+FLIPPED = 0.05
+"""What a rounding that falls the other way may do to what a layer adds."""
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -121,6 +125,46 @@ class Shaken(Network):
     def layer(self, index: int, x_TD: Tensor, place: Place, cache: KVCache) -> Tensor:
         noise_TD = torch.randn(x_TD.shape, generator=self._random)
         return super().layer(index, x_TD * (1 + 1e-6 * noise_TD), place, cache)
+
+
+def program_distances(compiled: CompiledModel, reference: Network, tokens: Sequence[int]) -> list[Tensor]:
+    """Relative distances [T] of each program's results to the reference's, for the last few tokens.
+
+    Inputs are the reference's own, and so are the keys and values of earlier tokens.
+    """
+    arch, earlier = reference.architecture, max(len(tokens) - 4, 0)
+    place = scattered(arch, len(tokens))
+    start, end = (
+        place._replace(positions_T=place.positions_T[part], rows_T=place.rows_T[part])
+        for part in (slice(earlier), slice(earlier, None))
+    )
+    before_TD, x_TD = reference.embed(torch.tensor(tokens)).split([earlier, len(tokens) - earlier])
+    distances = [_relative(compiled.embed(torch.tensor(tokens[earlier:])), x_TD, x_TD)]
+    for index, cache in enumerate(new_caches(arch, place.tables_BP.shape[1], torch.bfloat16)):
+        before_TD = reference.layer(index, before_TD, start, cache) if earlier else before_TD
+        copy = KVCache(cache.keys.clone(), cache.values.clone())
+        expected_TD = reference.layer(index, x_TD, end, cache)
+        distances.append(_relative(compiled.layer(index, x_TD, end, copy), expected_TD, expected_TD - x_TD))
+        x_TD = expected_TD
+    logits_TV = reference.head(x_TD)
+    return [*distances, _relative(compiled.head(x_TD), logits_TV, logits_TV)]
+
+
+def _relative(found_TD: Tensor, expected_TD: Tensor, to_TD: Tensor) -> Tensor:
+    distances_T: Tensor = (found_TD - expected_TD).norm(dim=1) / to_TD.norm(dim=1)
+    return distances_T
+
+
+def assert_each_program_computes_the_same(
+    compiled: CompiledModel, reference: Network, sequences: Sequence[Sequence[int]]
+) -> None:
+    """Nearly all results are the same but for the order of sums; the others are a rounding away."""
+    with torch.inference_mode():
+        every = [program_distances(compiled, reference, tokens) for tokens in sequences]
+    for distances in zip(*every, strict=True):
+        distances_T = torch.cat(distances)
+        assert float(distances_T.max()) < FLIPPED
+        assert float((distances_T < SAME).float().mean()) > 0.8
 
 
 def divergence(logits_TV: Tensor, others_TV: Tensor) -> float:

@@ -23,7 +23,6 @@ from model.engine import Engine
 from model.errors import InputError
 from model.int4_linear import Int4, kernel, packed_bytes
 from model.kernels import KERNELS
-from model.kv_cache import KVCache, new_caches
 from model.llama import Network
 from model.networks import Int4Folder, quantized_network
 from model.program import PROGRAMS, CompiledModel, check_origin, compile_module, load_program, torch_version
@@ -37,10 +36,10 @@ from tests.model.conftest import (
     Shaken,
     all_logits,
     assert_chosen_as_by_the_reference,
+    assert_each_program_computes_the_same,
     divergence,
     export,
     random_tokens,
-    scattered,
     write_int4,
     write_random_model,
 )
@@ -48,10 +47,6 @@ from tests.model.conftest import (
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 """torch's compiler uses it when it is first imported."""
 
-SAME = 1e-5
-"""Relative distance of results that differ in the order of sums alone."""
-FLIPPED = 0.05
-"""What roundings that fell the other way may do to a layer's result."""
 ONE_TABLE, TWO_TABLES = "groups, one table", "channels, two tables"
 
 
@@ -80,44 +75,10 @@ def copied(engine_folder: Path, tmp_path: Path) -> Path:
 # What the programs compute
 
 
-def distances(compiled: CompiledModel, reference: Network, tokens: list[int]) -> Iterator[Tensor]:
-    """Relative distances [T] of each program's results to the reference's, for the last few tokens.
-
-    Inputs are the reference's own, and so are the keys and values of earlier tokens.
-    """
-
-    def relative(found_TD: Tensor, expected_TD: Tensor, to: Tensor) -> Tensor:
-        distance_T: Tensor = (found_TD - expected_TD).norm(dim=1) / to.norm(dim=1)
-        return distance_T
-
-    arch, earlier = reference.architecture, max(len(tokens) - 4, 0)
-    place = scattered(arch, len(tokens))
-    start, end = (
-        place._replace(positions_T=place.positions_T[part], rows_T=place.rows_T[part])
-        for part in (slice(earlier), slice(earlier, None))
-    )
-    before_TD, x_TD = reference.embed(torch.tensor(tokens)).split([earlier, len(tokens) - earlier])
-    yield relative(compiled.embed(torch.tensor(tokens[earlier:])), x_TD, x_TD)
-    for index, cache in enumerate(new_caches(arch, place.tables_BP.shape[1], torch.bfloat16)):
-        before_TD = reference.layer(index, before_TD, start, cache)
-        copy = KVCache(cache.keys.clone(), cache.values.clone())
-        expected_TD = reference.layer(index, x_TD, end, cache)
-        yield relative(compiled.layer(index, x_TD, end, copy), expected_TD, expected_TD - x_TD)
-        x_TD = expected_TD
-    logits_TV = reference.head(x_TD)
-    yield relative(compiled.head(x_TD), logits_TV, logits_TV)
-
-
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 65, CONTEXT])
 def test_each_program_computes_its_equations(folders: tuple[Path, Path], length: int) -> None:
     compiled, reference = CompiledModel(folders[1]), quantized_network(Int4Folder(folders[0]), as_served=True)
-    with torch.inference_mode():
-        sequences = [list(distances(compiled, reference, random_tokens(length, seed))) for seed in range(20)]
-    for program in zip(*sequences, strict=True):
-        distance_T = torch.cat(program)
-        print(float(distance_T.max()), float((distance_T < SAME).float().mean()))
-        assert float(distance_T.max()) < FLIPPED
-        assert float((distance_T < SAME).float().mean()) > 0.8
+    assert_each_program_computes_the_same(compiled, reference, [random_tokens(length, seed) for seed in range(20)])
 
 
 def test_whole_network_is_as_near_to_the_reference_as_rounding_allows(folders: tuple[Path, Path]) -> None:
@@ -127,7 +88,6 @@ def test_whole_network_is_as_near_to_the_reference_as_rounding_allows(folders: t
         expected_TV = all_logits(reference, tokens := random_tokens(CONTEXT, seed))
         others = (compiled, Shaken(reference), unrounded)
         found += torch.tensor([divergence(expected_TV, all_logits(other, tokens)) for other in others])
-    print(found)
     assert found[0] < 2 * found[1] < 2 * found[2]
 
 
