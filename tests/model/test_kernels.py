@@ -239,6 +239,21 @@ def test_product_of_the_largest_sums(group: int | None, native: Native) -> None:
 
 
 @x86_only
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_product_shows_what_is_not_finite(bad: float, native: Native) -> None:
+    """In the token's own results: logits of a damaged artifact must not look like any others."""
+    matrix, x_TI = random_matrix(37, 128, 32), random(5, 128)
+    good = native.int4_linear(x_TI, matrix.packed)
+    for at in (0, 77, 127):
+        x_TI[3] = random(128)
+        x_TI[3, at] = bad
+        y_TO = native.int4_linear(x_TI, matrix.packed)
+        assert not y_TO[3].isfinite().any()
+        assert torch.equal(y_TO[:3], good[:3])
+        assert torch.equal(y_TO[4:], good[4:])
+
+
+@x86_only
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, MOST_TOKENS])
 def test_product_does_not_depend_on_threads(tokens: int, native: Native, set_threads: Callable[[int], None]) -> None:
     matrix, x_TI = random_matrix(100, 576, 32), random(tokens, 576, seed=1)
@@ -377,6 +392,19 @@ def test_attention_with_far_scores(native: Native) -> None:
     qkv[:, : 9 * 64] *= 50
     cache = copy(all_of.cache)
     assert_attention(whole_step(native, all_of, cache), all_of, cache, atol=2e-4)
+
+
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+def test_attention_shows_what_is_not_finite(part: str, native: Native) -> None:
+    """To the tokens that see it, and to no other sequence."""
+    all_of = sequences(3, 3, 32, [20, 20], [4, 4])
+    good = whole_step(native, all_of, copy(all_of.cache))
+    at = {"query": 0, "key": 3 * 32, "value": 6 * 32}[part]
+    all_of.qkv[0][2, at : at + 32] = torch.nan
+    first, second = whole_step(native, all_of, copy(all_of.cache))
+    assert not first[2, :32].isfinite().any()
+    assert part == "query" or not first[3, :32].isfinite().any()
+    assert torch.equal(second, good[1])
 
 
 def test_first_token_gets_its_own_value(native: Native) -> None:

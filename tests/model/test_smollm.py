@@ -8,6 +8,7 @@ import pipeline.quantize
 from model.engine import Engine
 from model.llama import Network
 from model.networks import Int4Folder, quantized_network
+from model.program import CompiledModel
 from pipeline.configs import embedded
 from tests.model.conftest import assert_chosen_as_by_the_reference, assert_each_program_computes_the_same, export
 
