@@ -149,6 +149,8 @@ def test_known_beginning_is_not_computed_again(exact: Engine) -> None:
         ([*persona[:40], 70, 71], 2),
         ([persona[0] + 1, *persona[1:]], 0),
         ([3, *persona], 0),
+        (persona[PAGE:], 0),
+        ([*persona[:PAGE], *persona[2 * PAGE :]], 1),
     ]:
         assert reused(exact, tokens) == pages * PAGE
 
@@ -358,7 +360,7 @@ def test_reply_takes_the_room_it_may_need_and_no_more(engine: Engine) -> None:
 
 def test_reply_closed_early_or_twice_gives_its_room_back_once(engine: Engine) -> None:
     for steps in range(6):
-        reply = engine.open(random_tokens(150), Sampling(max_tokens=50))
+        reply = engine.open(random_tokens(150), Sampling(temperature=0, max_tokens=50))
         for _ in range(steps):
             engine.step([reply])
         engine.close(reply)
@@ -379,7 +381,7 @@ def test_abandoned_reply_leaves_a_sound_cache(engine: Engine, network: Network) 
 @pytest.mark.parametrize("pieces", [0, 1, 5])
 def test_closed_iterator_gives_the_room_back(engine: Engine, pieces: int) -> None:
     for _ in range(5):
-        reply = engine.generate(random_tokens(100), Sampling(max_tokens=100))
+        reply = engine.generate(random_tokens(100), GREEDY)
         for _ in range(pieces):
             next(reply)
         reply.close()  # type: ignore[attr-defined]  # a generator
