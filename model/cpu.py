@@ -22,6 +22,10 @@ COMPILER_FLAGS = {
 """What can be compiled for, and how: AVX-512 with and without VNNI, AVX2; Graviton 3 and Cobalt, Graviton 2."""
 
 
+AARCH64 = {"asimddp", "asimdhp", "fphp"}
+"""What every family of aarch64 has: Armv8.2-A with dot products and half precision."""
+
+
 def features() -> frozenset[str]:
     """The kernel's names of this CPU's features, empty where /proc/cpuinfo does not list them."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -38,6 +42,8 @@ def family() -> str:
     if platform.machine() == "x86_64":
         level = next((level for level, flags in X86_LEVELS.items() if flags <= found), "x86-64")
         return f"{level}+vnni" if level == "x86-64-v4" and "avx512_vnni" in found else level
+    if platform.machine() == "aarch64" and not found >= AARCH64:
+        return "armv8-a"
     return f"{platform.machine()}+bf16+i8mm" if {"bf16", "i8mm"} <= found else platform.machine()
 
 

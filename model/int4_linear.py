@@ -11,7 +11,6 @@ Shape letters: T tokens, O outputs, I inputs, G groups per row, E elements per g
 """
 
 import platform
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,7 +28,10 @@ EIGHT_BIT_RANGE = (-119, 119)
 
 
 class Dense(NamedTuple):
-    """A plain weight [O, I]; `int8_activations` emulates a kernel that quantizes activations per token."""
+    """A plain weight [O, I]; `int8_activations` emulates a kernel that quantizes activations per token.
+
+    In float64 such a product is exact, rounded once to x's dtype, as `kernels.cpp` rounds it.
+    """
 
     weight: Tensor
     int8_activations: bool = False
@@ -51,8 +53,10 @@ Weight = Dense | Int4
 def linear(x_TI: Tensor, weight: Weight) -> Tensor:
     """x [T, I] times the transposed weight [O, I]: [T, O] in x's dtype."""
     if isinstance(weight, Dense):
-        x_TI = quantize_activations(x_TI) if weight.int8_activations else x_TI
-        return torch.nn.functional.linear(x_TI, weight.weight.to(x_TI.dtype))
+        if not weight.int8_activations:
+            return torch.nn.functional.linear(x_TI, weight.weight.to(x_TI.dtype))
+        whole_TI, factor_T1 = (part.to(weight.weight.dtype) for part in quantize_activations(x_TI))
+        return (torch.nn.functional.linear(whole_TI, weight.weight) / factor_T1).to(x_TI.dtype)
     y_TO = _product(x_TI, weight.packed, weight.group, weight.inputs, weight.planes * weight.outputs)
     return y_TO if weight.planes == 1 else y_TO[:, : weight.outputs] + y_TO[:, weight.outputs :]
 
@@ -97,18 +101,18 @@ def packed_bytes(weight: Int4, packing: Packing) -> int:
     if packing == "kleidiai":
         padded = -(-outputs // KLEIDIAI_ROWS) * KLEIDIAI_ROWS
         return padded * (weight.inputs // 2 + (12 if groups == 1 else 2 * groups + 8))
-    return -(-outputs // LANES) * LANES * (weight.inputs // 2 + groups * (4 if groups == 1 else 2) + 4)
+    return -(-outputs // LANES) * LANES * (weight.inputs // 2 + groups * (4 if groups == 1 else 2) + 8)
 
 
 def rows(weight: Int4, rows_T: Tensor, packing: Packing) -> Tensor:
-    """Some rows [T, I] of a packed weight in float32: an embedding's lookup, without a second copy of a tied head."""
+    """Some rows [T, I] of a packed weight in float32, rounded once: an embedding's lookup in a tied head."""
     read = {"kleidiai": _kleidiai_rows, "blocks": _block_rows}[packing]
     planes = [read(weight, rows_T + plane * weight.outputs) for plane in range(weight.planes)]
-    return planes[0] if weight.planes == 1 else planes[0] + planes[1]
+    return sum(planes[1:], planes[0]).float()
 
 
-def quantize_activations(x_TI: Tensor) -> Tensor:
-    """Per-token asymmetric int8 round trip: the reference of both kernels' arithmetic.
+def quantize_activations(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-token asymmetric int8, as both kernels do it: whole numbers [T, I] and factors [T, 1], x = whole / factor.
 
     As KleidiAI's `kai_lhs_quant_pack_qai8dxp_f32`: the range includes zero, the zero point is rounded on the side that
     errs less, values to nearest even.
@@ -120,15 +124,15 @@ def quantize_activations(x_TI: Tensor) -> Tensor:
     low_T1, high_T1 = low_T1 * factor_T1, high_T1 * factor_T1
     exact_T1 = torch.where((low_T1 - 128) + (high_T1 + 127) > 0, -128 - low_T1, 127 - high_T1)
     zero_T1 = exact_T1.clamp(-128, 127).round()
-    return ((x_TI * factor_T1).round() + zero_T1).clamp(-128, 127).sub(zero_T1) / factor_T1
+    return ((x_TI * factor_T1).round() + zero_T1).clamp(-128, 127) - zero_T1, factor_T1
 
 
 def _product(x_TI: Tensor, packed: Tensor, group: int, inputs: int, outputs: int) -> Tensor:
+    multiply = torch.ops.aten._dyn_quant_matmul_4bit if kernel() == "kleidiai" else torch.ops.emerald.int4_linear
+    y_TO: Tensor = multiply(x_TI, packed, group, inputs, outputs)
     if kernel() == "kleidiai":
-        multiply: Callable[..., Tensor] = torch.ops.aten._dyn_quant_matmul_4bit
-    else:
-        multiply = torch.ops.emerald.int4_linear
-    return multiply(x_TI, packed, group, inputs, outputs)
+        y_TO = y_TO + 0 * x_TI.sum(dim=-1, keepdim=True)  # it makes numbers of NaN and infinity
+    return y_TO
 
 
 def _block_rows(weight: Int4, rows_T: Tensor) -> Tensor:
@@ -141,7 +145,7 @@ def _block_rows(weight: Int4, rows_T: Tensor) -> Tensor:
     block_T, lane_T = rows_T // LANES, rows_T % LANES
     bytes_T = nibbles[block_T, :, lane_T]
     values_TGE = _signed(torch.stack([bytes_T & 15, bytes_T >> 4], dim=2)).view(-1, groups, weight.group)
-    return (values_TGE * scales[block_T, :, lane_T].float()[:, :, None]).flatten(1)
+    return (values_TGE * scales[block_T, :, lane_T].double()[:, :, None]).flatten(1)
 
 
 def _kleidiai_rows(weight: Int4, rows_T: Tensor) -> Tensor:
@@ -166,7 +170,7 @@ def _kleidiai_rows(weight: Int4, rows_T: Tensor) -> Tensor:
         nibbles, scales_TG = blocks[:, :, :end], scales[every_T, :, lane_T]
     segments = nibbles.reshape(-1, groups, group // 32, 2, KLEIDIAI_ROWS, 8)[every_T, :, :, :, lane_T]
     values_TGE = _signed(torch.stack([segments & 15, segments >> 4], dim=3)).view(-1, groups, group)
-    return (values_TGE * scales_TG[:, :, None]).flatten(1)
+    return (values_TGE * scales_TG.double()[:, :, None]).flatten(1)
 
 
 def _signed(nibbles: Tensor) -> Tensor:
@@ -205,5 +209,5 @@ def _pack_blocks(values_OI: Tensor, scales_OG: Tensor) -> Tensor:
     halves = values_OI.view(torch.uint8).view(-1, LANES, inputs // 8, 2, 4)
     nibbles = ((halves[:, :, :, 0] & 15) | (halves[:, :, :, 1] << 4)).transpose(1, 2)
     scales = scales_OG.view(-1, LANES, groups).transpose(1, 2).to(torch.float32 if groups == 1 else torch.bfloat16)
-    sums = (values_OI.view(-1, groups, inputs // groups).sum(dim=-1) * scales_OG).sum(dim=-1)
+    sums = (values_OI.view(-1, groups, inputs // groups).sum(dim=-1) * scales_OG.double()).sum(dim=-1)
     return torch.cat([part.contiguous().flatten().view(torch.uint8) for part in (nibbles, scales, sums)])

@@ -1,11 +1,15 @@
 // The two kernels that the compiled programs call: attention over the paged KV cache, on every CPU, and the int4
 // product, on x86-64 (on aarch64 that is KleidiAI's, through ATen).
 //
-// Built at export for the target CPU family and shipped beside the programs. They use the compiler's own vector types:
-// sixteen float lanes are one register of AVX-512, two of AVX2, four of NEON. Every token is computed in an order that
-// depends on nothing but itself, so results do not change, not by a bit, with what else is in the batch, with how a
-// prompt is split, or with the number of threads. That matters: activations are rounded to 8 bits, and a difference in
-// the seventh digit that tips one of them over changes what follows as much as any rounding does.
+// Built at export for the target CPU family and shipped beside the programs. They use the compiler's own vector types.
+// Every token is computed in an order that depends on nothing but itself, so results do not change, not by a bit, with
+// what else is in the batch, with how a prompt is split, or with the number of threads. That matters: activations are
+// rounded to 8 bits, and a difference in the seventh digit that tips one of them over changes what follows as much as any
+// rounding does.
+//
+// On x86-64 more holds: every float32 result is the exact one, rounded once. Sums and attention are in double precision.
+// So whoever else rounds once gets the same bits, on any CPU: the eager reference says the same, word for word. KleidiAI
+// adds in single precision; beside it attention need not be more exact.
 //
 // Layouts. Keys of a page: [head dim][16 slots], so that one query element meets 16 slots in one instruction. Values of
 // a page: [16 slots][head dim]. Both bfloat16. Int4: see struct Int4.
@@ -15,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX2__)
@@ -24,18 +29,42 @@
 namespace {
 
 constexpr int LANES = 16;  // outputs of a block, slots of a page
-typedef float F32 __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t U32 __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t I32 __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint8_t U8 __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef uint16_t U16 __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-inline F32 load(const float* from) { return *reinterpret_cast<const F32*>(from); }
-inline void store(float* to, F32 value) { *reinterpret_cast<F32*>(to) = value; }
-inline F32 broadcast(float value) { return value - F32{}; }
+#if defined(__AVX512F__)
+constexpr int REGISTER = 64;  // bytes
+#elif defined(__AVX2__)
+constexpr int REGISTER = 32;
+#else
+constexpr int REGISTER = 16;
+#endif
 
-inline F32 load(const uint16_t* bfloat16) {
-    return reinterpret_cast<F32>(__builtin_convertvector(*reinterpret_cast<const U16*>(bfloat16), U32) << 16);
+#if defined(__AVX2__)
+typedef double Real;  // of sums
+#else
+typedef float Real;
+#endif
+
+template <class T, int COUNT>
+struct Vector {
+    typedef T type __attribute__((vector_size(COUNT * sizeof(T)), aligned(1), may_alias));
+};
+template <class T, int COUNT>
+using Vec = typename Vector<T, COUNT>::type;
+
+constexpr int WIDTH = REGISTER / sizeof(Real), FLOATS = REGISTER / sizeof(float);  // lanes of a register
+typedef Vec<Real, WIDTH> Reals;
+typedef Vec<float, FLOATS> Floats;
+
+template <class To, class From>
+inline To load_as(const From* from) {
+    return *reinterpret_cast<const To*>(from);
+}
+inline Reals load(const Real* from) { return load_as<Reals>(from); }
+inline void store(Real* to, Reals value) { *reinterpret_cast<Reals*>(to) = value; }
+inline Reals widen(Vec<float, WIDTH> values) { return __builtin_convertvector(values, Reals); }
+inline Reals load_bfloat16(const uint16_t* from) {
+    const auto bits = __builtin_convertvector(load_as<Vec<uint16_t, WIDTH>>(from), Vec<uint32_t, WIDTH>) << 16;
+    return widen(reinterpret_cast<Vec<float, WIDTH>>(bits));
 }
 
 inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even
@@ -64,32 +93,40 @@ public:
 
 #if defined(__AVX2__)
 
+constexpr int PARTS = LANES / WIDTH;
+struct Wide {  // sixteen lanes in double precision
+    Reals part[PARTS];
+};
+
 // A packed weight [outputs, inputs], w = scale * nibble, two's complement, in blocks of 16 outputs:
 //   nibbles  [blocks][inputs / 8][16 outputs][4]  byte j of output o: input j in the low nibble, input j + 4 in the high
 //   scales   [blocks][groups][16 outputs]         bfloat16; float32 when a row is one group
-//   sums     [blocks][16 outputs]                 float32: each row's sum of weights
+//   sums     [blocks][16 outputs]                 float64: each row's sum of weights
 struct Int4 {
     int64_t group, inputs, outputs, groups, blocks;
-    const uint8_t *nibbles, *scales;
-    const float* sums;
+    const uint8_t *nibbles, *scales, *sums;
 
     Int4(const uint8_t* packed, int64_t group, int64_t inputs, int64_t outputs)
         : group(group), inputs(inputs), outputs(outputs), groups(inputs / group), blocks((outputs + LANES - 1) / LANES) {
         nibbles = packed;
         scales = nibbles + blocks * inputs * LANES / 2;
-        sums = reinterpret_cast<const float*>(scales + blocks * groups * LANES * (groups == 1 ? 4 : 2));
+        sums = scales + blocks * groups * LANES * (groups == 1 ? 4 : 2);
     }
 
-    F32 scale(int64_t block, int64_t g) const {
-        if (groups == 1) return load(reinterpret_cast<const float*>(scales) + block * LANES);
-        return load(reinterpret_cast<const uint16_t*>(scales) + (block * groups + g) * LANES);
+    Reals scale(int64_t block, int64_t g, int part) const {
+        const int64_t at = (block * groups + g) * LANES + part * WIDTH;
+        if (groups > 1) return load_bfloat16(reinterpret_cast<const uint16_t*>(scales) + at);
+        return widen(load_as<Vec<float, WIDTH>>(reinterpret_cast<const float*>(scales) + at));
+    }
+    Reals sum(int64_t block, int part) const {
+        return load(reinterpret_cast<const double*>(sums) + block * LANES + part * WIDTH);
     }
 };
 
 // 64 bytes of weights, and 16 running sums: `add_products` adds to each lane its four weights times four activations.
 // Whole sums count in units of 1 / WEIGHT_UNIT.
 #if defined(__AVX512VNNI__)
-constexpr int TILE = 6;  // tokens that, times two blocks, fill the registers with sums
+constexpr int TILE = 8;  // tokens whose sums and totals fill the registers
 constexpr float WEIGHT_UNIT = 16;  // a nibble in the upper half of a byte is a signed byte already, 16 times itself
 struct Bytes { __m512i all; };
 struct Sums { __m512i all; };
@@ -102,12 +139,12 @@ inline Sums add_products(Sums s, Bytes weights, int32_t activations) {
     asm("vpdpbusd %2, %1, %0" : "+v"(s.all) : "v"(_mm512_set1_epi32(activations)), "v"(weights.all));
     return s;
 }
-inline F32 to_float(Sums a, Sums b) {
-    const I32 whole = reinterpret_cast<I32>(_mm512_add_epi32(a.all, b.all));
-    return __builtin_convertvector(whole, F32);
+inline Wide widen(Sums s) {
+    return {{_mm512_cvtepi32_pd(_mm512_castsi512_si256(s.all)), _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(s.all, 1))}};
 }
+inline Sums operator+(Sums a, Sums b) { return {_mm512_add_epi32(a.all, b.all)}; }
 #else
-constexpr int TILE = 2;
+constexpr int TILE = 4;
 constexpr float WEIGHT_UNIT = 1;
 struct Bytes { __m256i half[2]; };
 struct Sums { __m256i half[2]; };
@@ -131,20 +168,23 @@ inline Sums add_products(Sums s, Bytes weights, int32_t activations) {
     const __m256i all = _mm256_set1_epi32(activations);
     return {{add_products(s.half[0], weights.half[0], all), add_products(s.half[1], weights.half[1], all)}};
 }
-inline F32 to_float(Sums a, Sums b) {
-    I32 whole;
-    for (int i = 0; i < 2; i++) {
-        const __m256i half = _mm256_add_epi32(a.half[i], b.half[i]);
-        std::memcpy(reinterpret_cast<int32_t*>(&whole) + 8 * i, &half, sizeof half);
-    }
-    return __builtin_convertvector(whole, F32);
+#if defined(__AVX512F__)
+inline Wide widen(Sums s) { return {_mm512_cvtepi32_pd(s.half[0]), _mm512_cvtepi32_pd(s.half[1])}; }
+#else
+inline Wide widen(Sums s) {
+    return {_mm256_cvtepi32_pd(_mm256_castsi256_si128(s.half[0])), _mm256_cvtepi32_pd(_mm256_extracti128_si256(s.half[0], 1)),
+            _mm256_cvtepi32_pd(_mm256_castsi256_si128(s.half[1])), _mm256_cvtepi32_pd(_mm256_extracti128_si256(s.half[1], 1))};
+}
+#endif
+inline Sums operator+(Sums a, Sums b) {
+    return {{_mm256_add_epi32(a.half[0], b.half[0]), _mm256_add_epi32(a.half[1], b.half[1])}};
 }
 #endif
 
 // Activations of some tokens in 8 bits: x = scale * (value - zero).
 struct Quantized {
     const uint8_t* values;  // [tokens][inputs]
-    const float *scale, *zero;
+    const double *scale, *zero;
 
     Quantized from(int64_t token, const Int4& w) const { return {values + token * w.inputs, scale + token, zero + token}; }
 };
@@ -152,17 +192,17 @@ struct Quantized {
 // One token, as KleidiAI's qai8dx does it: asymmetric over the token's own range, zero exact; its values are signed, ours
 // 128 more. Products are rounded before they are added to, as in the reference: otherwise ties, and with them whole steps,
 // would fall differently.
-__attribute__((optimize("fp-contract=off"))) void quantize(const float* x, const Int4& w, uint8_t* values, float* scale,
-                                                           float* zero) {
-    F32 leasts = {}, mosts = {}, faults = {};  // NaN where an activation is NaN or infinite, else 0
-    for (int64_t i = 0; i < w.inputs; i += LANES) {
-        const F32 here = load(x + i);
+__attribute__((optimize("fp-contract=off"))) void quantize(const float* x, const Int4& w, uint8_t* values, double* scale,
+                                                           double* zero) {
+    Floats leasts = {}, mosts = {}, faults = {};  // NaN where an activation is NaN or infinite, else 0
+    for (int64_t i = 0; i < w.inputs; i += FLOATS) {
+        const Floats here = load_as<Floats>(x + i);
         faults += here - here;
         leasts = here < leasts ? here : leasts;
         mosts = here > mosts ? here : mosts;
     }
     float least = 0, most = 0, fault = 0;
-    for (int i = 0; i < LANES; i++) {
+    for (int i = 0; i < FLOATS; i++) {
         fault += faults[i];
         least = std::min(least, leasts[i]);
         most = std::max(most, mosts[i]);
@@ -171,14 +211,15 @@ __attribute__((optimize("fp-contract=off"))) void quantize(const float* x, const
     const float low = least * factor, high = most * factor;
     const float exact = (low - 128.0f) + (high + 127.0f) > 0 ? -128.0f - low : 127.0f - high;
     const float point = std::nearbyint(std::min(std::max(exact, -128.0f), 127.0f)) + 128.0f;
-    for (int64_t i = 0; i < w.inputs; i += LANES) {
-        F32 value = load(x + i) * factor;
+    for (int64_t i = 0; i < w.inputs; i += FLOATS) {
+        Floats value = load_as<Floats>(x + i) * factor;
         value = ((value + 12582912.0f) - 12582912.0f) + point;  // 1.5 * 2^23: rounds to nearest, ties to even
-        value = value < 0.0f ? F32{} : value;
-        value = value > 255.0f ? broadcast(255.0f) : value;
-        *reinterpret_cast<U8*>(values + i) = __builtin_convertvector(__builtin_convertvector(value, I32), U8);
+        value = value < 0.0f ? Floats{} : value;
+        value = value > 255.0f ? Floats{} + 255.0f : value;
+        const auto whole = __builtin_convertvector(value, Vec<int32_t, FLOATS>);
+        *reinterpret_cast<Vec<uint8_t, FLOATS>*>(values + i) = __builtin_convertvector(whole, Vec<uint8_t, FLOATS>);
     }
-    *scale = 1.0f / factor + fault;
+    *scale = 1.0 / factor + fault;
     *zero = point;
 }
 
@@ -188,93 +229,84 @@ inline int32_t four(const uint8_t* from) {
     return bytes;
 }
 
-// B blocks of outputs for M tokens. Two sums each where there are few, because one would wait for itself.
-template <int B, int M>
+// A block of outputs for M tokens. Two sums each where tokens are few, because one would wait for itself.
+template <int M>
 void tile(const Int4& w, int64_t block, Quantized x, float* y) {
-    constexpr int WAYS = B * M <= 4 ? 2 : 1;
-    F32 total[B][M];
-    for (auto& row : total)
-        for (F32& sum : row) sum = F32{};
+    constexpr int WAYS = M <= 4 ? 2 : 1;
+    Wide total[M] = {};
     const uint8_t* bytes = w.nibbles + block * w.inputs * LANES / 2;
-    const int64_t stride = w.inputs * LANES / 2;
     for (int64_t g = 0; g < w.groups; g++) {
-        Sums sums[WAYS][B][M];
+        Sums sums[WAYS][M];
         for (auto& way : sums)
-            for (auto& row : way)
-                for (auto& sum : row) sum = zero();
+            for (auto& sum : way) sum = zero();
         for (int64_t i = g * w.group; i < (g + 1) * w.group; i += 8, bytes += 64) {
-            Bytes both[B];
-            for (int b = 0; b < B; b++) both[b] = load_bytes(bytes + b * stride);
-            for (int m = 0; m < M; m++) {
-                const int32_t values = four(x.values + m * w.inputs + i);
-                for (int b = 0; b < B; b++) sums[0][b][m] = add_products(sums[0][b][m], low(both[b]), values);
-            }
-            for (int m = 0; m < M; m++) {
-                const int32_t values = four(x.values + m * w.inputs + i + 4);
-                Sums(&way)[B][M] = sums[WAYS - 1];
-                for (int b = 0; b < B; b++) way[b][m] = add_products(way[b][m], high(both[b]), values);
-            }
-        }
-        for (int b = 0; b < B; b++) {
-            const F32 scale = w.scale(block + b, g);
+            const Bytes both = load_bytes(bytes);
+            const uint8_t* values = x.values + i;
             for (int m = 0; m < M; m++)
-                total[b][m] += to_float(sums[0][b][m], WAYS == 2 ? sums[1][b][m] : zero()) * scale;
+                sums[0][m] = add_products(sums[0][m], low(both), four(values + m * w.inputs));
+            for (int m = 0; m < M; m++)
+                sums[WAYS - 1][m] = add_products(sums[WAYS - 1][m], high(both), four(values + m * w.inputs + 4));
+        }
+        Reals scale[PARTS];
+        for (int part = 0; part < PARTS; part++) scale[part] = w.scale(block, g, part);
+        for (int m = 0; m < M; m++) {
+            const Wide whole = widen(WAYS == 2 ? sums[0][m] + sums[1][m] : sums[0][m]);
+            for (int part = 0; part < PARTS; part++) total[m].part[part] += whole.part[part] * scale[part];
         }
     }
-    for (int b = 0; b < B; b++) {
-        const F32 row_sums = load(w.sums + (block + b) * LANES) * WEIGHT_UNIT;
-        const int64_t first = (block + b) * LANES, count = std::min<int64_t>(LANES, w.outputs - first);
-        for (int m = 0; m < M; m++) {
-            // One product alone is subtracted, so that there is one way to fuse, and the same bits whatever B and M are.
-            const F32 result = (total[b][m] - row_sums * x.zero[m]) * (x.scale[m] / WEIGHT_UNIT);
-            float* out = y + m * w.outputs + first;
-            if (count == LANES) store(out, result);
-            else std::memcpy(out, &result, count * sizeof(float));
+    const int64_t count = std::min<int64_t>(LANES, w.outputs - block * LANES);
+    for (int m = 0; m < M; m++) {
+        const double zero = x.zero[m] * WEIGHT_UNIT, scale = x.scale[m] / WEIGHT_UNIT;
+        Vec<float, WIDTH> result[PARTS];
+        for (int part = 0; part < PARTS; part++) {
+            const Reals sum = (total[m].part[part] - w.sum(block, part) * zero) * scale;
+            result[part] = __builtin_convertvector(sum, Vec<float, WIDTH>);
         }
+        float* out = y + m * w.outputs + block * LANES;
+        if (count == LANES) std::memcpy(out, result, sizeof result);
+        else std::memcpy(out, result, count * sizeof(float));
     }
 }
 
 template <int M>
-void tiles(const Int4& w, int64_t block, int64_t count, const Quantized& x, int64_t from, int64_t tokens, float* y) {
-    for (; from + M <= tokens; from += M) {
-        if (count == 2) tile<2, M>(w, block, x.from(from, w), y + from * w.outputs);
-        else tile<1, M>(w, block, x.from(from, w), y + from * w.outputs);
-    }
+void tiles(const Int4& w, int64_t block, const Quantized& x, int64_t from, int64_t tokens, float* y) {
+    for (; from + M <= tokens; from += M) tile<M>(w, block, x.from(from, w), y + from * w.outputs);
     if constexpr (M > 1) {
-        if (from < tokens) tiles<(M > 4 ? 4 : M / 2)>(w, block, count, x, from, tokens, y);
+        if (from < tokens) tiles<M / 2>(w, block, x, from, tokens, y);
     }
 }
 
 void int4_linear(const float* x, const uint8_t* packed, int64_t tokens, int64_t group, int64_t inputs, int64_t outputs,
                  float* y) {
     static thread_local Scratch<uint8_t> values_of;
-    static thread_local Scratch<float> scales_of;
+    static thread_local Scratch<double> scales_of;
     const Int4 w(packed, group, inputs, outputs);
     uint8_t* values = values_of.of(tokens * inputs);
-    float *scale = scales_of.of(2 * tokens), *zero = scale + tokens;
+    double *scale = scales_of.of(2 * tokens), *zero = scale + tokens;
 #pragma omp parallel for if (tokens > 4)
     for (int64_t t = 0; t < tokens; t++) quantize(x + t * inputs, w, values + t * inputs, scale + t, zero + t);
     const Quantized quantized{values, scale, zero};
-    const int64_t step = tokens > 2 ? 2 : 1;  // few tokens wait for memory, which reads one stream best
 #pragma omp parallel for
-    for (int64_t block = 0; block < w.blocks; block += step)
-        tiles<TILE>(w, block, std::min(step, w.blocks - block), quantized, 0, tokens, y);
+    for (int64_t block = 0; block < w.blocks; block++) tiles<TILE>(w, block, quantized, 0, tokens, y);
 }
 
 #endif
 
 // ---------------------------------------------------------------------------------------------------------- attention
 
-// exp(x) for x <= 0, to 2 units in the last place: 2^n * p(r), Cephes' expf. The same bits on every CPU with FMA.
-inline F32 exponential(F32 x) {
-    x = x < -87.0f ? broadcast(-87.0f) : x;
-    const F32 n = __builtin_convertvector(__builtin_convertvector(x * 1.44269504f - 0.5f, I32), F32);
-    const F32 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    F32 p = broadcast(1.9875691500e-4f);
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        p = p * r + c;
-    p = p * r * r + r + 1.0f;
-    return p * reinterpret_cast<F32>((__builtin_convertvector(n, I32) + 127) << 23);
+// exp(x) for x <= 0 as 2^n * e^r, |r| <= ln(2) / 2, with the series of e^r as far as it matters.
+inline Reals exponential(Reals x) {
+    constexpr bool DOUBLE = sizeof(Real) == 8;
+    constexpr int MANTISSA = DOUBLE ? 52 : 23, TERMS = DOUBLE ? 13 : 7;
+    constexpr Real LEAST = DOUBLE ? -700 : -87, ROUND = 1.5 * (int64_t(1) << MANTISSA);  // adding it rounds to a whole n
+    constexpr Real LN2_HIGH = 0.693359375, LN2_LOW = -2.12194440054690583e-4;
+    typedef Vec<std::conditional_t<DOUBLE, int64_t, int32_t>, WIDTH> Bits;
+    x = x < LEAST ? Reals{} + LEAST : x;
+    const Reals shifted = x * Real(1.44269504088896341) + ROUND, n = shifted - ROUND;
+    const Reals r = (x - n * LN2_HIGH) - n * LN2_LOW;
+    Reals series = Reals{} + 1;
+    for (int i = TERMS; i > 0; i--) series = series * (r * (1 / Real(i))) + 1;
+    return reinterpret_cast<Reals>(reinterpret_cast<Bits>(series) + (reinterpret_cast<Bits>(shifted) << MANTISSA));
 }
 
 struct Attention {
@@ -292,15 +324,15 @@ struct Attention {
     int64_t page(int64_t token, int64_t index, int64_t kv_head) const {
         return (tables[rows[token] * width + index] * kv_heads + kv_head) * LANES * dim;
     }
-    // Half-split rotary embedding of one head, times `scale`, into `to` [dim]. Of two products only one could be fused with
-    // their sum; with none it is the same bits wherever this is inlined.
-    __attribute__((optimize("fp-contract=off"))) void rotate(int64_t token, const float* x, float scale, float* to) const {
+    // Half-split rotary embedding of one head into `to` [dim]. Products are rounded before they are added, as in the
+    // reference; of the two only one could be fused.
+    template <class T>
+    __attribute__((optimize("fp-contract=off"))) void rotate(int64_t token, const float* x, T* to) const {
         const float *cos = rotary + positions[token] * 2 * dim, *sin = cos + dim;
-        for (int64_t i = 0; i < dim / 2; i += LANES) {
-            const int64_t j = i + dim / 2;
-            const F32 first = load(x + i), second = load(x + j);
-            store(to + i, (first * load(cos + i) - second * load(sin + i)) * scale);
-            store(to + j, (second * load(cos + j) + first * load(sin + j)) * scale);
+        for (int64_t i = 0, j = dim / 2; j < dim; i++, j++) {
+            const float first = x[i] * cos[i] - x[j] * sin[i], second = x[j] * cos[j] + x[i] * sin[j];
+            to[i] = first;
+            to[j] = second;
         }
     }
 };
@@ -313,7 +345,7 @@ void remember(const Attention& a, int64_t token) {
     for (int64_t h = 0; h < a.kv_heads; h++) {
         const int64_t page = a.page(token, position / LANES, h);
         const float* value = a.head(token, a.heads + a.kv_heads + h);
-        a.rotate(token, a.head(token, a.heads + h), 1, key);
+        a.rotate(token, a.head(token, a.heads + h), key);
         for (int64_t i = 0; i < a.dim; i++) {
             a.keys[page + i * LANES + slot] = to_bfloat16(key[i]);
             a.values[page + slot * a.dim + i] = to_bfloat16(value[i]);
@@ -322,71 +354,74 @@ void remember(const Attention& a, int64_t token) {
 }
 
 // In place: scores of the first `length` slots to probabilities, zero beyond, up to a whole page.
-void softmax(float* scores, int64_t length, int64_t slots) {
+void softmax(Real* scores, int64_t length, int64_t slots) {
     std::fill(scores + length, scores + slots, -INFINITY);
-    F32 most = load(scores), sums = {};
-    for (int64_t s = LANES; s < slots; s += LANES) {
-        const F32 next = load(scores + s);
+    Reals most = load(scores), sums = {};
+    for (int64_t s = WIDTH; s < slots; s += WIDTH) {
+        const Reals next = load(scores + s);
         most = next > most ? next : most;
     }
-    float top = most[0], total = 0;
-    for (int i = 1; i < LANES; i++) top = std::max(top, most[i]);
-    for (int64_t s = 0; s < slots; s += LANES) {
-        const F32 score = load(scores + s), shifted = score - top;
-        const F32 weight = score == -INFINITY ? F32{} : exponential(shifted);
+    Real top = most[0], total = 0;
+    for (int i = 1; i < WIDTH; i++) top = std::max(top, most[i]);
+    for (int64_t s = 0; s < slots; s += WIDTH) {
+        const Reals score = load(scores + s);
+        const Reals weight = score == -INFINITY ? Reals{} : exponential(score - top);
         store(scores + s, weight);
         if (s < length) sums += weight;
     }
-    for (int i = 0; i < LANES; i++) total += sums[i];
-    for (int64_t s = 0; s < slots; s += LANES) store(scores + s, load(scores + s) / total);
+    for (int i = 0; i < WIDTH; i++) total += sums[i];
+    for (int64_t s = 0; s < slots; s += WIDTH) store(scores + s, load(scores + s) / total);
 }
 
 // R queries that share a key-value head and a sequence: `per_token` heads of each of R / per_token consecutive tokens.
 template <int R>
-void attend(const Attention& a, int64_t token, int64_t first_head, int64_t per_token, float* scratch) {
+void attend(const Attention& a, int64_t token, int64_t first_head, int64_t per_token, Real* scratch) {
     constexpr int W = R <= 4 ? 4 : 1;  // sums side by side, because one would wait for itself when queries are few
     const int64_t kv_head = first_head / (a.heads / a.kv_heads);
-    const int64_t pages = a.positions[token + R / per_token - 1] / LANES + 1, slots = pages * LANES;
-    float *queries = scratch, *scores = scratch + R * a.dim;  // [R][dim], [R][slots]
-    const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
+    const int64_t last = a.positions[token + R / per_token - 1], pages = last / LANES + 1, slots = pages * LANES;
+    Real *queries = scratch, *scores = scratch + R * a.dim;  // [R][dim], [R][slots]
+    const Real scale = 1 / std::sqrt(static_cast<Real>(a.dim));
     for (int r = 0; r < R; r++) {
         const int64_t own = token + r / per_token;
-        a.rotate(own, a.head(own, first_head + r % per_token), scale, queries + r * a.dim);
+        a.rotate(own, a.head(own, first_head + r % per_token), queries + r * a.dim);
     }
-    for (int64_t page = 0; page < pages; page += W) {
+    for (int64_t slot = 0; slot < slots; slot += W * WIDTH) {
         const uint16_t* keys[W];
-        F32 sums[R][W];
+        Reals sums[R][W];
         for (int w = 0; w < W; w++) {
-            keys[w] = a.keys + a.page(token, std::min(page + w, pages - 1), kv_head);
-            for (int r = 0; r < R; r++) sums[r][w] = F32{};
+            const int64_t at = std::min(slot + w * WIDTH, slots - WIDTH);
+            keys[w] = a.keys + a.page(token, at / LANES, kv_head) + at % LANES;
+            for (int r = 0; r < R; r++) sums[r][w] = Reals{};
         }
         for (int64_t i = 0; i < a.dim; i++) {
             for (int w = 0; w < W; w++) {
-                const F32 key = load(keys[w] + i * LANES);
+                const Reals key = load_bfloat16(keys[w] + i * LANES);
                 for (int r = 0; r < R; r++) sums[r][w] += queries[r * a.dim + i] * key;
             }
         }
-        for (int w = 0; w < W && page + w < pages; w++)
-            for (int r = 0; r < R; r++) store(scores + r * slots + (page + w) * LANES, sums[r][w]);
+        for (int w = 0; w < W && slot + w * WIDTH < slots; w++)
+            for (int r = 0; r < R; r++) store(scores + r * slots + slot + w * WIDTH, sums[r][w] * scale);
     }
     for (int r = 0; r < R; r++) softmax(scores + r * slots, a.positions[token + r / per_token] + 1, slots);
-    for (int64_t i = 0; i < a.dim; i += W * LANES) {
-        F32 sums[R][W];
+    for (int64_t i = 0; i < a.dim; i += W * WIDTH) {
+        Reals sums[R][W];
         for (int w = 0; w < W; w++)
-            for (int r = 0; r < R; r++) sums[r][w] = F32{};
+            for (int r = 0; r < R; r++) sums[r][w] = Reals{};
         for (int64_t page = 0; page < pages; page++) {
             const uint16_t* values = a.values + a.page(token, page, kv_head);
-            for (int64_t slot = 0; slot < LANES; slot++) {
+            // Beyond the last token a page holds what an ended sequence left, perhaps NaN, which times 0 is NaN.
+            for (int64_t slot = 0; slot < std::min<int64_t>(LANES, last + 1 - page * LANES); slot++) {
                 for (int w = 0; w < W; w++) {
-                    const F32 value = load(values + slot * a.dim + std::min(i + w * LANES, a.dim - LANES));
+                    const Reals value = load_bfloat16(values + slot * a.dim + std::min(i + w * WIDTH, a.dim - WIDTH));
                     for (int r = 0; r < R; r++) sums[r][w] += scores[r * slots + page * LANES + slot] * value;
                 }
             }
         }
-        for (int w = 0; w < W && i + w * LANES < a.dim; w++)
+        for (int w = 0; w < W && i + w * WIDTH < a.dim; w++)
             for (int r = 0; r < R; r++) {
                 float* out = a.out + ((token + r / per_token) * a.heads + first_head + r % per_token) * a.dim;
-                store(out + i + w * LANES, sums[r][w]);
+                *reinterpret_cast<Vec<float, WIDTH>*>(out + i + w * WIDTH) =
+                    __builtin_convertvector(sums[r][w], Vec<float, WIDTH>);
             }
     }
 }
@@ -395,7 +430,7 @@ constexpr int MOST_QUERIES = 12;
 
 template <int... R>
 void attend(int queries, std::integer_sequence<int, R...>, const Attention& a, int64_t token, int64_t first_head,
-            int64_t per_token, float* scratch) {
+            int64_t per_token, Real* scratch) {
     ((queries == R + 1 ? attend<R + 1>(a, token, first_head, per_token, scratch) : void()), ...);
 }
 
@@ -424,10 +459,10 @@ void attention(const Attention& a, int64_t tokens, int64_t threads) {
     for (int64_t t = 0; t < tokens; t++) remember(a, t);
 #pragma omp parallel for schedule(dynamic) if (work > 100000)
     for (int64_t task = runs * columns - 1; task >= 0; task--) {  // the longest first
-        static thread_local Scratch<float> scratch_of;
+        static thread_local Scratch<Real> scratch_of;
         const int64_t run = task / columns, token = starts[run], head = task % columns * per_token;
         const int queries = static_cast<int>((starts[run + 1] - token) * per_token);
-        float* scratch = scratch_of.of(MOST_QUERIES * (a.dim + longest + LANES));
+        Real* scratch = scratch_of.of(MOST_QUERIES * (a.dim + longest + LANES));
         attend(queries, std::make_integer_sequence<int, MOST_QUERIES>(), a, token, head, per_token, scratch);
     }
 }

@@ -77,6 +77,7 @@ def declare() -> dict[Any, list[str]]:
 
 
 def _int4_linear(x_TI: Tensor, packed: Tensor, group: int, inputs: int, outputs: int) -> Tensor:
+    assert x_TI.dtype == torch.float32, x_TI.dtype
     x_TI, y_TO = x_TI.contiguous(), x_TI.new_empty(x_TI.shape[0], outputs)
     _call("emerald_int4_linear", x_TI, packed, x_TI.shape[0], group, inputs, outputs, y_TO)
     return y_TO

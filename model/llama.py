@@ -6,6 +6,10 @@ may be float or quantized (`model.int4_linear`).
 
 Shape letters: T tokens, D hidden width, N query heads, K key-value heads, Q queries per key-value head,
 H head dim, S cache slots, B sequences, P pages of a sequence, F MLP width, V vocabulary.
+
+In float32, norms, attention and SwiGLU are computed in float64 and rounded once. Kernels round activations to 8 bits, a
+difference in the seventh digit can tip such a rounding over, and all that follows sees it; correctly rounded results
+are the same results whoever computes them.
 """
 
 import math
@@ -52,9 +56,18 @@ def _scaled_frequencies(frequencies: Tensor, architecture: Architecture) -> Tens
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    x: Tensor = x_TD.float()
+    x: Tensor = x_TD.double()
     scale_T1: Tensor = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
     return (x * scale_T1).to(x_TD.dtype) * weight_D.to(x_TD.dtype)
+
+
+def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    return (torch.nn.functional.silu(_exact(gate_TF)) * _exact(up_TF)).to(gate_TF.dtype)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """Float32 in float64; others as they are."""
+    return x.double() if x.dtype == torch.float32 else x
 
 
 def rotate(x_TNH: Tensor, rotary_T2H: Tensor) -> Tensor:
@@ -84,7 +97,8 @@ def attention(qkv_TX: Tensor, place: Place, cache: KVCache) -> Tensor:
         seen = tables_BP[row, : int(positions_T[own_T].max()) // PAGE + 1].long()
         k_SKH = cache.keys[seen].permute(0, 3, 1, 2).flatten(0, 1)
         v_SKH = cache.values[seen].permute(0, 2, 1, 3).flatten(0, 1)
-        mixed_TX[own_T] = attend(q_TNH[own_T], k_SKH.to(q_TNH.dtype), v_SKH.to(q_TNH.dtype), positions_T[own_T])
+        q, k, v = (_exact(part.to(q_TNH.dtype)) for part in (q_TNH[own_T], k_SKH, v_SKH))
+        mixed_TX[own_T] = attend(q, k, v, positions_T[own_T]).to(q_TNH.dtype)
     return mixed_TX
 
 
@@ -93,7 +107,8 @@ def attend(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, positions_T: Tensor) -> 
     T, N, H = q_TNH.shape
     K = k_SKH.shape[1]
     q_KMH = q_TNH.view(T, K, N // K, H).transpose(0, 1).reshape(K, T * (N // K), H)
-    scores_KMS = (q_KMH @ k_SKH.permute(1, 2, 0)).float() * H**-0.5
+    scores_KMS = q_KMH @ k_SKH.permute(1, 2, 0)
+    scores_KMS = scores_KMS.to(torch.promote_types(scores_KMS.dtype, torch.float32)) * H**-0.5
     scores_KTQS = scores_KMS.view(K, T, N // K, -1)
     hidden_T1S = torch.arange(len(k_SKH)) > positions_T[:, None, None]
     weights_KTQS = scores_KTQS.masked_fill(hidden_T1S, -math.inf).softmax(dim=-1).to(v_SKH.dtype)
@@ -111,7 +126,7 @@ def decoder_layer(
     qkv_TX = linear(rms_norm(x_TD, weights.attention_norm, eps), weights.qkv)
     x_TD = x_TD + linear(attention(qkv_TX, place, cache), weights.output)
     gate_TF, up_TF = linear(rms_norm(x_TD, weights.mlp_norm, eps), weights.gate_up).chunk(2, dim=-1)
-    return x_TD + linear(torch.nn.functional.silu(gate_TF) * up_TF, weights.down)
+    return x_TD + linear(swiglu(gate_TF, up_TF), weights.down)
 
 
 def output_head(x_TD: Tensor, norm_D: Tensor, head: Weight, eps: float) -> Tensor:

@@ -63,10 +63,10 @@ class Int4Folder:
             else Quantized(values, scales, 8)
         )
 
-    def float_matrix(self, name: str) -> Tensor:
-        """The float32 weight that the stored matrix stands for."""
+    def float_matrix(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the stored matrix stands for; exact in float64, values times float32 scales."""
         stored = self.matrix(name)
-        return stored.dequantize() if isinstance(stored, Quantized) else stored.float()
+        return stored.dequantize(dtype) if isinstance(stored, Quantized) else stored.to(dtype)
 
 
 def float_network(checkpoint: Checkpoint, dtype: torch.dtype) -> Network:
@@ -79,12 +79,20 @@ def float_network(checkpoint: Checkpoint, dtype: torch.dtype) -> Network:
     return _eager_network(arch, read, lambda name: Dense(read(name)))
 
 
-def quantized_network(folder: Int4Folder, *, as_served: bool) -> Network:
-    """The quantized weights in float32 arithmetic; `as_served` adds the engine's int8 activations and bf16 KV cache."""
+def quantized_network(folder: Int4Folder, *, as_served: bool, products: torch.dtype = torch.float32) -> Network:
+    """The quantized weights in float32 arithmetic; `as_served` adds the engine's int8 activations and bf16 KV cache.
+
+    With products in float64, as on x86-64, it says what the engine says there, word for word.
+    """
+
+    def matrix(name: str) -> Dense:
+        int8 = as_served and name not in folder.names
+        return Dense(folder.float_matrix(name, products if int8 else torch.float32), int8_activations=int8)
+
     return _eager_network(
         folder.architecture,
         lambda name: folder.float_matrix(name) if name == EMBEDDING else folder.tensor(name).float(),
-        lambda name: Dense(folder.float_matrix(name), int8_activations=as_served and name not in folder.names),
+        matrix,
         torch.bfloat16 if as_served else torch.float32,
     )
 

@@ -7,6 +7,7 @@ and any mixture are the same program. What Inductor does not make fast is in `ke
 """
 
 import fcntl
+import logging
 import os
 import shutil
 import tempfile
@@ -209,7 +210,11 @@ def _compiler_scratch(target: str) -> Iterator[Path]:
     scratch.mkdir(exist_ok=True)
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     with (scratch / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.getLogger(__name__).warning("waiting for another compilation to end (%s)", scratch / "lock")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         shutil.rmtree(scratch / "cache", ignore_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "cache")
         cxx = scratch / "g++"

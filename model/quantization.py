@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, dequantize_affine, quantize_affine
+from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 
 from model.errors import InputError
 from model.int4_linear import EIGHT_BIT_RANGE
@@ -36,9 +36,8 @@ class Quantized(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, I] these values stand for."""
-        weight: Tensor = dequantize_affine(
-            self.values, (1, self.group), self.scales.float(), None, torch.int8, output_dtype=dtype
-        )
+        values_OGE = self.values.unflatten(1, (-1, self.group)).to(dtype)
+        weight: Tensor = (values_OGE * self.scales[:, :, None].to(dtype)).flatten(1)
         return weight
 
 

@@ -26,7 +26,7 @@ def run(
     embed = Embedder(embedder)
     texts = [text for _, text in texts_of(read)]
     vectors = np.stack([embed.embed(text) for text in track(texts, "embedding phrasings")])
-    index = faiss.IndexFlatIP(embed.dimensions)
+    index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(vectors)
     cache.mkdir()
     faiss.write_index(index, str(cache / "index.faiss"))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from model.artifact import manifest_digest, read_manifest
 from model.errors import InputError
-from serving.embedder import Embedder, Vector
+from serving.embedder import Embedder, TextTooLongError, Vector
 from serving.guards import GUARDS, Intent, lowered
 
 LONGEST_QUESTION = 500
@@ -90,7 +90,7 @@ class Cache:
             return Miss(reason="it holds control characters")
         try:
             vector = self.embedder.embed(question)
-        except InputError as fault:
+        except TextTooLongError as fault:
             return Miss(reason=str(fault))
         return self.decide(question, vector)
 

@@ -6,6 +6,7 @@ is built and when a visitor types it.
 
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,31 +20,43 @@ from model.program import Program, check_origin, load_program
 Vector = NDArray[np.float32]
 
 
+class TextTooLongError(InputError):
+    """A text has more tokens than the embedder reads."""
+
+
+class _Loaded(NamedTuple):
+    tokenizer: Tokenizer
+    run: Program
+    longest_tokens: int
+
+
 class Embedder:
-    """An exported embedder folder (kind "embedder"), verified and loaded."""
+    """An exported embedder folder (kind "embedder"), verified and loaded at the first text or `load`."""
 
     def __init__(self, folder: Path) -> None:
-        manifest = read_manifest(folder, "embedder")
-        check_origin(manifest, folder, "export_embedder")
         self.digest = manifest_digest(folder)
-        self.dimensions: int = manifest["dimensions"]
-        self.longest_tokens: int = manifest["longest_tokens"]
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         self._folder = folder
 
-    @cached_property
-    def _run(self) -> Program:
-        """Loaded at the first text."""
-        return load_program(self._folder / "program.pt2")
+    def load(self) -> None:
+        """Raises InputError if the folder is damaged, or compiled for another CPU or torch."""
+        _ = self._loaded
 
     def embed(self, text: str) -> Vector:
-        """The unit vector [dimensions] of a text. Raises InputError if it is longer than the embedder reads."""
-        ids = self._tokenizer.encode(text).ids
-        if len(ids) > self.longest_tokens:
-            raise InputError(f"the text has {len(ids)} tokens; the embedder reads at most {self.longest_tokens}")
+        """The unit vector [dimensions] of a text. Raises TextTooLongError, and InputError as `load` does."""
+        tokenizer, run, longest = self._loaded
+        ids = tokenizer.encode(text).ids
+        if len(ids) > longest:
+            raise TextTooLongError(f"the text has {len(ids)} tokens; the embedder reads at most {longest}")
         tokens = torch.tensor([ids])
         with torch.inference_mode():
-            vector: Vector = self._run([tokens, torch.ones_like(tokens)])[0][0].numpy().copy()
+            vector: Vector = run([tokens, torch.ones_like(tokens)])[0][0].numpy().copy()
         return vector
+
+    @cached_property
+    def _loaded(self) -> _Loaded:
+        manifest = read_manifest(self._folder, "embedder")
+        check_origin(manifest, self._folder, "export_embedder")
+        tokenizer = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return _Loaded(tokenizer, load_program(self._folder / "program.pt2"), manifest["longest_tokens"])

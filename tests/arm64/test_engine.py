@@ -13,6 +13,7 @@ from model.cpu import family
 from model.engine import Engine
 from model.networks import Int4Folder, quantized_network
 from model.recipe import Recipe
+from model.sampling import LogitsError, Sampling
 from pipeline.configs import ExportConfig
 from tests.conftest import TINY
 from tests.model.conftest import load_tokenizer, write_int4, write_random_model
@@ -44,3 +45,9 @@ def test_exported_engine_is_the_reference(tmp_path: Path) -> None:
             engine.next_logits(prompt), expected, rtol=0, atol=1e-4 * float(expected.abs().max())
         )
         assert list(engine.greedy(prompt, 16)) == list(reference.greedy(prompt, 16))
+    layers = engine._model._layers  # type: ignore[attr-defined]
+    for fault in (float("nan"), float("inf")):  # of which KleidiAI makes numbers
+        layers[1][0] = torch.full_like(layers[1][0], fault)
+        engine.forget()
+        with pytest.raises(LogitsError, match="logits are NaN or infinite"):
+            list(engine.generate([5, 6, 7], Sampling(temperature=0)))

@@ -27,6 +27,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, machine: str, flags: set[str]) -> N
         ("aarch64", GRAVITON2 | {"i8mm"}, "aarch64"),
         ("aarch64", GRAVITON2 | {"bf16"}, "aarch64"),
         ("aarch64", GRAVITON2, "aarch64"),
+        ("aarch64", GRAVITON3 - {"asimddp"}, "armv8-a"),
+        ("aarch64", {"asimd"}, "armv8-a"),
         ("riscv64", set(), "riscv64"),
     ],
 )
@@ -44,6 +46,7 @@ def test_family(monkeypatch: pytest.MonkeyPatch, machine: str, flags: set[str], 
         ("x86_64", {"sse2"}, set()),
         ("aarch64", GRAVITON3, {"aarch64+bf16+i8mm", "aarch64"}),
         ("aarch64", GRAVITON2, {"aarch64"}),
+        ("aarch64", {"asimd"}, set()),
         ("riscv64", set(), set()),
     ],
 )

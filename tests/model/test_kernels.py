@@ -100,15 +100,15 @@ def test_this_machine_runs_a_family() -> None:
 
 
 class Int8Token(NamedTuple):
-    """A token's activations in 8 bits: x = (value - zero) * step."""
+    """A token's activations in 8 bits: x = (value - zero) / factor."""
 
     values: NDArray[np.float64]
     zero: int
     factor: np.float32
 
     @property
-    def step(self) -> np.float32:
-        return np.float32(1) / self.factor
+    def exact(self) -> NDArray[np.float64]:
+        return (self.values - self.zero) / float(self.factor)
 
 
 def qai8dx(x_I: NDArray[np.float32]) -> Int8Token:
@@ -159,8 +159,9 @@ each_activations = pytest.mark.parametrize("x_TI", ACTIVATIONS.values(), ids=ACT
 def test_round_trip_of_activations_is_kleidiais(x_TI: Tensor) -> None:
     """`quantize_activations`, the reference of everything else, against the naive one: every bit."""
     tokens = [qai8dx(x_I) for x_I in x_TI.numpy()]
-    expected = [(token.values - token.zero).astype(np.float32) / token.factor for token in tokens]
-    assert quantize_activations(x_TI).numpy().tobytes() == (np.stack(expected) + np.float32(0)).tobytes()
+    whole_TI, factor_T1 = quantize_activations(x_TI)
+    assert whole_TI.tolist() == [(token.values - token.zero).tolist() for token in tokens]
+    assert factor_T1[:, 0].tolist() == [float(token.factor) for token in tokens]
 
 
 @x86_only
@@ -169,9 +170,8 @@ def test_kernel_quantizes_activations_as_kleidiai(x_TI: Tensor, native: Native) 
     """A unit matrix shows the values themselves: every bit."""
     unit = pack(torch.eye(128, dtype=torch.int8), torch.ones(128, 1), 4, "blocks")
     tokens = [qai8dx(x_I) for x_I in x_TI.numpy()]
-    expected = np.stack([(token.values - token.zero).astype(np.float32) * token.step for token in tokens])
-    found = native.int4_linear(x_TI, unit).numpy() + np.float32(0)
-    assert found.tobytes() == (expected + np.float32(0)).tobytes()
+    found = native.int4_linear(x_TI, unit).numpy()
+    assert found.tolist() == np.stack([token.exact for token in tokens]).astype(np.float32).tolist()
 
 
 class Matrix(NamedTuple):
@@ -192,13 +192,11 @@ def random_matrix(outputs: int, inputs: int, group: int | None, seed: int = 0) -
 
 
 def assert_product(y_TO: Tensor, x_TI: Tensor, matrix: Matrix) -> None:
-    """Within float32's rounding of sums of unsigned 8-bit values; another value of one activation is much further."""
-    for y_O, x_I in zip(y_TO.double().numpy(), x_TI.numpy(), strict=True):
-        token = qai8dx(x_I)
-        expected = matrix.meaning @ (token.values - token.zero) * float(token.step)
-        terms = np.abs(matrix.meaning) @ (token.values + 128) * float(token.step)
-        terms += np.abs(matrix.meaning.sum(axis=1)) * (token.zero + 128) * float(token.step)
-        assert np.abs(y_O - expected).max() <= 2e-7 * terms.max(), (y_O, expected)
+    """The exact product, rounded once to float32; float64's own last digit may tip one in a million."""
+    expected = np.stack([matrix.meaning @ qai8dx(x_I).exact for x_I in x_TI.numpy()]).astype(np.float32)
+    found = y_TO.numpy()
+    assert (np.abs(found - expected) <= np.spacing(np.abs(expected))).all()
+    assert (found != expected).sum() <= 1
 
 
 @x86_only
@@ -269,7 +267,7 @@ def test_families_agree_on_the_product(group: int | None, natives: dict[str, Nat
     matrix, x_TI = random_matrix(37, 576, group), random(MOST_TOKENS, 576, seed=1)
     first, *others = (native.int4_linear(x_TI, matrix.packed) for native in natives.values())
     for other in others:
-        torch.testing.assert_close(other, first, rtol=0, atol=1e-6 * float(first.abs().max()))
+        assert torch.equal(other, first)
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -335,35 +333,39 @@ def whole_step(native: Native, all_of: Sequences, cache: KVCache) -> list[Tensor
     return step(native, all_of, cache, [(row, 0, len(qkv)) for row, qkv in enumerate(all_of.qkv)])
 
 
-def turned(x_H: NDArray[np.float64], rotary_2H: Tensor) -> NDArray[np.float64]:
-    """Half-split rotary embedding as a complex product."""
-    half = len(x_H) // 2
-    cos, sin = rotary_2H.double().numpy()[:, :half]
-    complex_H = (x_H[:half] + 1j * x_H[half:]) * (cos + 1j * sin)
-    return np.concatenate([complex_H.real, complex_H.imag])
+def turned(x_H: NDArray[np.float32], rotary_2H: Tensor) -> NDArray[np.float32]:
+    """Half-split rotary embedding; each product and each sum rounded."""
+    first, second = np.split(x_H, 2)
+    cos, sin = rotary_2H.numpy()[:, : len(first)]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin])
 
 
 def attention_reference(all_of: Sequences, cache: KVCache, row: int, token: int) -> NDArray[np.float64]:
     """One token's result from the keys and values that the cache holds after the step, head by head, slot by slot."""
     _, kv_heads, dim, _ = cache.keys.shape
     position = all_of.starts[row] + token
-    q_NH = all_of.qkv[row][token].double().numpy().reshape(-1, dim)[: -2 * kv_heads]
+    q_NH = all_of.qkv[row][token].numpy().reshape(-1, dim)[: -2 * kv_heads]
     slots = [(int(all_of.tables[row, at // PAGE]), at % PAGE) for at in range(position + 1)]
     k_SKH = np.stack([cache.keys[page, :, :, slot].double().numpy() for page, slot in slots])
     v_SKH = np.stack([cache.values[page, :, slot].double().numpy() for page, slot in slots])
     heads = []
     for index, q_H in enumerate(q_NH):
         shared = index // (len(q_NH) // kv_heads)
-        scores_S = k_SKH[:, shared] @ turned(q_H, all_of.rotary[position]) / np.sqrt(dim)
+        scores_S = k_SKH[:, shared] @ turned(q_H, all_of.rotary[position]).astype(np.float64) / np.sqrt(dim)
         weights_S = np.exp(scores_S - scores_S.max())
         heads.append(weights_S @ v_SKH[:, shared] / weights_S.sum())
     return np.concatenate(heads)
 
 
 def assert_attention(out: list[Tensor], all_of: Sequences, cache: KVCache, atol: float = 2e-6) -> None:
+    """On x86-64 the exact result, rounded once."""
     for row, out_TX in enumerate(out):
         expected = np.stack([attention_reference(all_of, cache, row, token) for token in range(len(out_TX))])
-        np.testing.assert_allclose(out_TX.double().numpy(), expected, rtol=0, atol=atol)
+        found = out_TX.numpy()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+        if kernel() == "blocks":
+            assert (np.abs(found - expected) <= np.spacing(np.abs(found))).all()
+            assert (found != expected.astype(np.float32)).mean() < 1e-3
 
 
 STEPS = {
@@ -431,10 +433,8 @@ def test_keys_and_values_are_rounded_into_their_slots(heads: int, kv_heads: int,
     for row, token, at, page, slot in written_slots(all_of):
         _, k_KH, v_KH = all_of.qkv[row][token].view(-1, dim).split([heads, kv_heads, kv_heads])
         assert torch.equal(cache.values[page, :, slot], v_KH.bfloat16())
-        exact = torch.from_numpy(np.stack([turned(k_H.double().numpy(), all_of.rotary[at]) for k_H in k_KH]))
-        spacing = 2.0 ** (exact.abs().log2().floor() - 7)
-        errors = (cache.keys[page, :, :, slot].double() - exact).abs()
-        assert (errors <= spacing / 2 + 1e-6).all()  # a float32 rotation errs by less than 1e-6
+        keys_KH = torch.from_numpy(np.stack([turned(k_H.numpy(), all_of.rotary[at]) for k_H in k_KH]))
+        assert torch.equal(cache.keys[page, :, :, slot], keys_KH.bfloat16())
         before.keys[page, :, :, slot] = cache.keys[page, :, :, slot]
         before.values[page, :, slot] = v_KH.bfloat16()
     assert_same_bits(before, cache)
@@ -458,7 +458,7 @@ def test_ties_are_rounded_to_even(native: Native) -> None:
 def test_what_is_not_in_the_sequence_is_never_seen(heads: int, kv_heads: int, dim: int, native: Native) -> None:
     """Later slots of a page, pages of others: whatever they hold, a prompt in pieces comes out the same."""
     results = []
-    for garbage in (0.0, 1e30, -3e38):
+    for garbage in (0.0, 1e30, torch.nan):
         all_of = sequences(heads, kv_heads, dim, [0, 0], [37, 20])
         cache = empty_cache(kv_heads, dim, garbage)
         first = step(native, all_of, cache, [(0, 0, 21), (1, 0, 1)])
@@ -525,9 +525,8 @@ def test_families_agree_on_attention(heads: int, kv_heads: int, dim: int, native
         results.append((torch.cat(whole_step(native, all_of, cache)), cache))
     (first, first_cache), *others = results
     for other, cache in others:
-        torch.testing.assert_close(other, first, rtol=0, atol=1e-6 * float(first.abs().max()))
-        for one, another in zip(cache, first_cache, strict=True):
-            torch.testing.assert_close(one, another, rtol=2.0**-7, atol=1e-6)  # the next bf16, where rounding is close
+        assert torch.equal(other, first)
+        assert_same_bits(cache, first_cache)
 
 
 def test_kernels_follow_torchs_threads(

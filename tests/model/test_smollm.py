@@ -1,16 +1,17 @@
 """SmolLM2, a real model: the engine's greedy replies to twenty prompts, judged by the same weights computed eagerly."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import pipeline.quantize
 from model.engine import Engine
 from model.llama import Network
 from model.networks import Int4Folder, quantized_network
-from model.program import CompiledModel
 from pipeline.configs import embedded
-from tests.model.conftest import assert_chosen_as_by_the_reference, assert_each_program_computes_the_same, export
+from tests.model.conftest import assert_chosen_as_by_the_reference, export
 
 PROMPTS = (
     "Once upon a time",
@@ -38,10 +39,12 @@ TOKENS = 64
 Replies = list[tuple[list[int], list[int]]]
 
 
-@pytest.fixture(scope="module")
-def int4(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["int4-g32", "int4-channel"])
+def int4(request: pytest.FixtureRequest, smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm")
-    pipeline.quantize.run(embedded().quantize, smollm, folder / "int4", folder / "report.json")
+    pipeline.quantize.run(
+        replace(embedded().quantize, scheme=request.param), smollm, folder / "int4", folder / "report"
+    )
     return folder / "int4"
 
 
@@ -52,7 +55,7 @@ def engine(int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 @pytest.fixture(scope="module")
 def reference(int4: Path) -> Network:
-    return quantized_network(Int4Folder(int4), as_served=True)
+    return quantized_network(Int4Folder(int4), as_served=True, products=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +66,8 @@ def replies(engine: Engine) -> Replies:
 
 
 def test_engine_chooses_what_the_reference_chooses(replies: Replies, reference: Network) -> None:
-    found, _ = assert_chosen_as_by_the_reference(reference, replies)
-    assert found.tokens == 20 * TOKENS
-    assert found.others < 0.12 * found.tokens
+    assert all(len(reply) == TOKENS for _, reply in replies)
+    assert_chosen_as_by_the_reference(reference, replies)
 
 
 def test_together_they_say_the_same(replies: Replies, engine: Engine) -> None:
@@ -78,9 +80,3 @@ def test_together_they_say_the_same(replies: Replies, engine: Engine) -> None:
     for sequence, (prompt, reply) in zip(sequences, replies, strict=True):
         engine.end(sequence)
         assert sequence.tokens == [*prompt, *reply]
-
-
-def test_each_program_computes_its_equations(replies: Replies, engine: Engine, reference: Network) -> None:
-    compiled = engine._model
-    assert isinstance(compiled, CompiledModel)
-    assert_each_program_computes_the_same(compiled, reference, [[*prompt, *reply] for prompt, reply in replies])

@@ -42,4 +42,15 @@ def test_an_embedder_of_another_torch_is_refused(embedded_build: Path, tmp_path:
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "torch": "1.0.0"}))
     with pytest.raises(InputError, match=r"torch 1\.0\.0 .*run export_embedder"):
-        Embedder(folder)
+        Embedder(folder).load()
+
+
+def test_a_damaged_embedder_is_no_miss(embedded_build: Path, cache: Cache, tmp_path: Path) -> None:
+    """It is opened at the first question that needs it, which must not look like one without a ready answer."""
+    folder = Path(shutil.copytree(embedded_build / "embedder", tmp_path / "embedder"))
+    opened = Cache(embedded_build / "cache", Embedder(folder))
+    with (folder / "program.pt2").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"damage")
+    with pytest.raises(InputError, match=r"program\.pt2: SHA-256 .* found, .* expected"):
+        opened.lookup("What would the scarecrow have said to that?")
