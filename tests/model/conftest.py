@@ -20,6 +20,7 @@ import pipeline.fetch
 import pipeline.quantize
 from model.architecture import Architecture
 from model.cpu import family
+from model.engine import Piece
 from model.kernels import build, declare
 from model.kernels import load as load_kernels
 from model.kv_cache import Place, new_caches, single_sequence
@@ -27,6 +28,7 @@ from model.llama import Model, Network, rotary_table
 from model.networks import EMBEDDING, NORM, Int4Folder, quantized_network
 from model.program import CompiledModel
 from model.recipe import Recipe
+from model.sampling import Sampling
 from model.tokenizer import Tokenizer, chat_settings
 from pipeline.configs import ExportConfig, FetchConfig, embedded
 from tests.conftest import TINY, write_tiny_model
@@ -37,6 +39,9 @@ CONTEXT = 200
 """Of the tiny engines; not a whole number of the cache's pages, on purpose."""
 SAME = 1e-5
 """Of logits, as a part of the largest: the order of the last sums."""
+
+
+GREEDY = Sampling(temperature=0, max_tokens=24)
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -106,6 +111,12 @@ def all_logits(model: Model, tokens: Sequence[int]) -> Tensor:
         for index, cache in enumerate(new_caches(model.architecture, place.tables_BP.shape[1], model.kv_dtype)):
             x_TD = model.layer(index, x_TD, place, cache)
         return model.head(x_TD).float()
+
+
+def text_of(pieces: Sequence[Piece]) -> str:
+    assert all(piece.finish_reason is None for piece in pieces[:-1])
+    assert pieces[-1].finish_reason is not None
+    return "".join(piece.text for piece in pieces)
 
 
 def assert_same_logits(found_TV: Tensor, expected_TV: Tensor) -> None:

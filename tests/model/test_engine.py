@@ -1,7 +1,7 @@
-"""Generation with real tiny networks, eager and compiled, and with a scripted model for text and stopping."""
+"""Generation with real tiny networks, eager and compiled: prefixes, batches, room and faults."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import SafetensorsCheckpoint
-from model.engine import Engine, Piece, Reply, StopGate, timed
+from model.engine import Engine, Piece, Reply
 from model.errors import InputError
 from model.kv_cache import PAGE, CacheFullError, KVCache, Place, TokenSequence
 from model.llama import Model, Network
@@ -17,10 +17,7 @@ from model.networks import float_network
 from model.program import CompiledModel
 from model.sampling import LogitsError, Sampling
 from model.tokenizer import Tokenizer
-from tests.conftest import TINY
-from tests.model.conftest import CONTEXT, all_logits, random_tokens
-
-GREEDY = Sampling(temperature=0, max_tokens=24)
+from tests.model.conftest import CONTEXT, GREEDY, all_logits, random_tokens, text_of
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +35,6 @@ def engine(network: Network, tiny_tokenizer: Tokenizer) -> Engine:
 def exact(compiled: CompiledModel, tiny_tokenizer: Tokenizer) -> Engine:
     """Compiled: its logits are the same to the bit, however their computation is divided."""
     return Engine(compiled, tiny_tokenizer, CONTEXT, sequences=8)
-
-
-def text_of(pieces: Sequence[Piece]) -> str:
-    assert all(piece.finish_reason is None for piece in pieces[:-1])
-    assert pieces[-1].finish_reason is not None
-    return "".join(piece.text for piece in pieces)
 
 
 def alone(engine: Engine, prompt: Sequence[int], sampling: Sampling = GREEDY) -> str:
@@ -481,179 +472,3 @@ def test_logits_that_are_no_numbers_end_the_reply(fragile: Engine, faulty: Fault
     assert reused(fragile, prompt) == 0  # whatever led there is not taken up again
     assert text_of(list(fragile.generate(prompt, GREEDY))) == expected
     assert_all_room_is_free(fragile, sequences=4)
-
-
-# Text and stopping
-
-
-class Scripted:
-    """A model that says `reply` after a prompt of `prompt` tokens, whatever the prompt is."""
-
-    architecture = TINY
-    kv_dtype = torch.float32
-    bytes_per_token = 0
-
-    def __init__(self, prompt: int, reply: Sequence[int]) -> None:
-        self.prompt, self.reply = prompt, torch.tensor(reply)
-
-    def embed(self, tokens_T: Tensor) -> Tensor:
-        return torch.zeros(len(tokens_T), 1)
-
-    def layer(self, index: int, x_TD: Tensor, place: Place, cache: KVCache) -> Tensor:
-        return place.positions_T[:, None].float()
-
-    def head(self, x_TD: Tensor) -> Tensor:
-        steps_T = x_TD[:, 0].long() - self.prompt + 1
-        return torch.nn.functional.one_hot(self.reply[steps_T], TINY.vocab).float()
-
-
-PROMPT = [5, 6, 7]
-
-
-def scripted_pieces(tokenizer: Tokenizer, text: str, sampling: Sampling, *, end: bool = True) -> list[Piece]:
-    """The pieces of a reply of one token per byte, closed by the stop token if `end`."""
-    reply = [*tokenizer.encode(text), *([1] if end else [])]
-    engine = Engine(Scripted(len(PROMPT), reply), tokenizer, CONTEXT)
-    return list(engine.generate(PROMPT, sampling))
-
-
-def test_stop_token_ends_the_reply_and_is_not_counted(tiny_tokenizer: Tokenizer) -> None:
-    pieces = scripted_pieces(tiny_tokenizer, "abc", GREEDY)
-    assert text_of(pieces) == "abc"
-    assert (pieces[-1].finish_reason, pieces[-1].tokens) == ("stop", 3)
-
-
-def test_reply_may_be_empty(tiny_tokenizer: Tokenizer) -> None:
-    assert scripted_pieces(tiny_tokenizer, "", GREEDY) == [Piece(text="", tokens=0, finish_reason="stop")]
-
-
-@pytest.mark.parametrize("limit", [1, 2, 5])
-def test_max_tokens_ends_the_reply(tiny_tokenizer: Tokenizer, limit: int) -> None:
-    pieces = scripted_pieces(tiny_tokenizer, "abcdefgh", Sampling(temperature=0, max_tokens=limit))
-    assert text_of(pieces) == "abcdefgh"[:limit]
-    assert (pieces[-1].finish_reason, pieces[-1].tokens) == ("length", limit)
-
-
-def test_limit_reached_with_the_stop_token_due_is_length(tiny_tokenizer: Tokenizer) -> None:
-    pieces = scripted_pieces(tiny_tokenizer, "abc", Sampling(temperature=0, max_tokens=3))
-    assert (text_of(pieces), pieces[-1].finish_reason) == ("abc", "length")
-
-
-@pytest.mark.parametrize(
-    ("text", "stop", "shown"),
-    [
-        ("one END two", ("END",), "one "),
-        ("one EN two", ("END",), "one EN two"),
-        ("END", ("END",), ""),
-        ("a\n\nb", ("\n\n",), "a"),
-        ("xxabcyy", ("bc", "abc"), "xx"),
-        ("tschüß 😀 end", ("😀",), "tschüß "),
-        ("ends in EN", ("END",), "ends in EN"),
-        ("aab", ("ab",), "a"),
-    ],
-)
-def test_stop_text_across_tokens(tiny_tokenizer: Tokenizer, text: str, stop: tuple[str, ...], shown: str) -> None:
-    pieces = scripted_pieces(tiny_tokenizer, text, Sampling(temperature=0, stop=stop))
-    assert text_of(pieces) == shown
-    assert pieces[-1].finish_reason == "stop"
-
-
-def test_reply_ends_with_the_token_that_completes_a_stop_text(tiny_tokenizer: Tokenizer) -> None:
-    pieces = scripted_pieces(tiny_tokenizer, "abENDcd", Sampling(temperature=0, stop=("END",)), end=False)
-    assert pieces[-1].tokens == 5
-
-
-def test_stop_text_completed_by_the_last_allowed_token_is_stop(tiny_tokenizer: Tokenizer) -> None:
-    pieces = scripted_pieces(tiny_tokenizer, "abEND", Sampling(temperature=0, max_tokens=5, stop=("END",)))
-    assert (text_of(pieces), pieces[-1].finish_reason, pieces[-1].tokens) == ("ab", "stop", 5)
-
-
-def test_held_back_text_is_shown_at_the_limit(tiny_tokenizer: Tokenizer) -> None:
-    pieces = scripted_pieces(tiny_tokenizer, "abENDxx", Sampling(temperature=0, max_tokens=4, stop=("END",)))
-    assert (text_of(pieces), pieces[-1].finish_reason) == ("abEN", "length")
-
-
-def test_characters_are_never_cut(tiny_tokenizer: Tokenizer) -> None:
-    text = "naïve 日本 😀!"
-    pieces = scripted_pieces(tiny_tokenizer, text, Sampling(temperature=0))
-    assert [piece.text for piece in pieces if piece.text] == list(text)
-
-
-def test_character_cut_by_the_limit_shows_as_replacement(tiny_tokenizer: Tokenizer) -> None:
-    pieces = scripted_pieces(tiny_tokenizer, "ab😀", Sampling(temperature=0, max_tokens=4))
-    assert text_of(pieces) == "ab\ufffd"
-
-
-class Undecided(Scripted):
-    """A model that always finds token 10 likeliest, and token 11 nearly so."""
-
-    def head(self, x_TD: Tensor) -> Tensor:
-        logits_TV = torch.full((len(x_TD), TINY.vocab), -5.0)
-        logits_TV[:, 10:12] = torch.tensor([2.0, 1.9])
-        return logits_TV
-
-
-@pytest.mark.parametrize(
-    ("prompt", "penalties", "said"),
-    [
-        ([5], {}, [10, 10, 10]),
-        ([5], {"repetition_penalty": 1.5}, [10, 11, 10]),
-        ([5, 10], {"repetition_penalty": 1.5}, [11, 10, 10]),
-        ([11, 10], {"repetition_penalty": 1.5}, [10, 10, 10]),
-        ([5, 10], {"presence_penalty": 0.5}, [10, 11, 10]),
-        ([5, 10], {"frequency_penalty": 0.5}, [10, 11, 10]),
-    ],
-)
-def test_repetition_is_penalized_in_prompt_and_reply_the_others_in_the_reply(
-    tiny_tokenizer: Tokenizer, prompt: list[int], penalties: dict[str, float], said: list[int]
-) -> None:
-    engine = Engine(Undecided(0, []), tiny_tokenizer, CONTEXT)
-    pieces = list(engine.generate(prompt, Sampling(temperature=0, max_tokens=3, **penalties)))  # type: ignore[arg-type]
-    assert text_of(pieces) == tiny_tokenizer.decode(said)
-
-
-# StopGate
-
-
-def gated(pieces: Sequence[str], *stops: str) -> tuple[list[str], str, bool]:
-    """What the gate shows piece by piece, at the end, and whether it stopped."""
-    gate, shown = StopGate(stops), []
-    for piece in pieces:
-        shown.append(gate.push(piece))
-        if gate.stopped:
-            return shown, "", True
-    return shown, gate.flush(""), gate.stopped
-
-
-@pytest.mark.parametrize(
-    ("pieces", "stops", "expected"),
-    [
-        (["a", "b"], [], (["a", "b"], "", False)),
-        (["abE", "N", "Dcd"], ["END"], (["ab", "", ""], "", True)),
-        (["abE", "N", "xD"], ["END"], (["ab", "", "ENxD"], "", False)),
-        (["abEN"], ["END"], (["ab"], "EN", False)),
-        (["aaab"], ["aab"], (["a"], "", True)),
-        (["aa", "aa", "b"], ["aab"], (["", "aa", ""], "", True)),
-        (["x12", "3"], ["123", "2"], (["x1"], "", True)),
-        (["x1", "23"], ["23", "123"], (["x", ""], "", True)),
-        (["late STOP early END"], ["END", "STOP"], (["late "], "", True)),
-    ],
-)
-def test_gate(pieces: list[str], stops: list[str], expected: tuple[list[str], str, bool]) -> None:
-    assert gated(pieces, *stops) == expected
-
-
-def test_gate_finds_a_stop_text_in_the_last_flush() -> None:
-    gate = StopGate(["END"])
-    assert (gate.push("xEN"), gate.flush("Dy"), gate.stopped) == ("x", "", True)
-
-
-def test_timing_counts_from_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([10.0, 10.5, 11.5, 12.5])
-    monkeypatch.setattr("model.engine.time.perf_counter", lambda: next(clock))
-
-    def pieces() -> Iterator[Piece]:
-        yield from (Piece(text="a", tokens=1), Piece(text="b", tokens=2), Piece(text="c", tokens=3))
-
-    timings = [(timing.ttft_s, timing.tpot_s, timing.tokens) for _, timing in timed(pieces())]
-    assert timings == [(0.5, 0.0, 1), (0.5, 1.0, 2), (0.5, 1.0, 3)]
