@@ -61,11 +61,24 @@ inline To load_as(const From* from) {
 }
 inline Reals load(const Real* from) { return load_as<Reals>(from); }
 inline void store(Real* to, Reals value) { *reinterpret_cast<Reals*>(to) = value; }
-inline Reals widen(Vec<float, WIDTH> values) { return __builtin_convertvector(values, Reals); }
+// gcc 12 makes two conversions of half a register each out of __builtin_convertvector.
+#if defined(__AVX512F__)
+inline Reals load(const float* from) { return _mm512_cvtps_pd(_mm256_loadu_ps(from)); }
 inline Reals load_bfloat16(const uint16_t* from) {
-    const auto bits = __builtin_convertvector(load_as<Vec<uint16_t, WIDTH>>(from), Vec<uint32_t, WIDTH>) << 16;
-    return widen(reinterpret_cast<Vec<float, WIDTH>>(bits));
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
 }
+#elif defined(__AVX2__)
+inline Reals load(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
+inline Reals load_bfloat16(const uint16_t* from) {
+    const __m128i bits = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(bits, 16)));
+}
+#else
+inline Reals load_bfloat16(const uint16_t* from) {
+    return reinterpret_cast<Reals>(__builtin_convertvector(load_as<Vec<uint16_t, WIDTH>>(from), Vec<uint32_t, WIDTH>) << 16);
+}
+#endif
 
 inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even
     uint32_t bits;
@@ -116,7 +129,7 @@ struct Int4 {
     Reals scale(int64_t block, int64_t g, int part) const {
         const int64_t at = (block * groups + g) * LANES + part * WIDTH;
         if (groups > 1) return load_bfloat16(reinterpret_cast<const uint16_t*>(scales) + at);
-        return widen(load_as<Vec<float, WIDTH>>(reinterpret_cast<const float*>(scales) + at));
+        return load(reinterpret_cast<const float*>(scales) + at);
     }
     Reals sum(int64_t block, int part) const {
         return load(reinterpret_cast<const double*>(sums) + block * LANES + part * WIDTH);
