@@ -140,7 +140,10 @@ class Model(Protocol):
     architecture: Architecture
     kv_dtype: torch.dtype
     """Of the KV cache."""
-    bytes_per_token: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that decoding one token reads."""
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Embeddings [T, D]."""
@@ -153,41 +156,55 @@ class Model(Protocol):
 
 
 class Network:
-    """All weights of one model, computed eagerly; `kv_dtype` defaults to the embedding's."""
+    """One model, computed eagerly.
+
+    `layers` and the parts of `head`, stacked along the vocabulary, may be sequences that read a weight when asked for
+    it: then a layer's weights are all that is in memory at once.
+    """
 
     def __init__(
         self,
         architecture: Architecture,
-        embedding: Tensor,
+        embed: Callable[[Tensor], Tensor],
         layers: Sequence[LayerWeights],
         norm: Tensor,
-        head: Weight,
-        kv_dtype: torch.dtype | None = None,
+        head: Sequence[Weight],
+        kv_dtype: torch.dtype,
     ) -> None:
         self.architecture = architecture
-        self.kv_dtype = kv_dtype or embedding.dtype
-        self._embedding, self._layers, self._norm, self._head = embedding, layers, norm, head
-        self.bytes_per_token = sum(tensor.nbytes for tensor in _tensors([*layers, norm, head]))
+        self.kv_dtype = kv_dtype
+        self.layers, self.head_parts = layers, head
+        self._embed, self._norm = embed, norm
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(tensor.nbytes for tensor in _tensors([*self.layers, self._norm, *self.head_parts]))
 
     def embed(self, tokens_T: Tensor) -> Tensor:
-        return self._embedding[tokens_T]
+        return self._embed(tokens_T)
 
     def layer(self, index: int, x_TD: Tensor, place: Place, cache: KVCache) -> Tensor:
-        return decoder_layer(x_TD, place, cache, self._layers[index], self.architecture.norm_eps)
+        return decoder_layer(x_TD, place, cache, self.layers[index], self.architecture.norm_eps)
 
     def head(self, x_TD: Tensor) -> Tensor:
-        return output_head(x_TD, self._norm, self._head, self.architecture.norm_eps)
+        parts = [output_head(x_TD, self._norm, part, self.architecture.norm_eps) for part in self.head_parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def sequence_logits(model: Network, tokens_T: Tensor) -> Tensor:
     """Logits [T, V] at every position of one sequence, computed in a single pass."""
-    arch = model.architecture
-    place = single_sequence(rotary_table(arch, len(tokens_T)), len(tokens_T))
     x_TD = model.embed(tokens_T)
-    for index in range(arch.layers):
-        cache = new_caches(replace(arch, layers=1), place.tables_BP.shape[1], model.kv_dtype)[0]
-        x_TD = model.layer(index, x_TD, place, cache)
+    for weights in model.layers:
+        x_TD = through_layer(model, weights, x_TD)
     return model.head(x_TD)
+
+
+def through_layer(model: Network, weights: LayerWeights, x_TD: Tensor) -> Tensor:
+    """One decoder layer over a whole sequence."""
+    arch = model.architecture
+    place = single_sequence(rotary_table(arch, len(x_TD)), len(x_TD))
+    (cache,) = new_caches(replace(arch, layers=1), place.tables_BP.shape[1], model.kv_dtype)
+    return decoder_layer(x_TD, place, cache, weights, arch.norm_eps)
 
 
 def _tensors(tree: object) -> list[Tensor]:

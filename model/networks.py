@@ -5,8 +5,9 @@ or int8) and `NAME.scales`, for each norm the tensor itself. The head is always 
 the checkpoint ties it to the embedding, because the two may have different widths.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -23,6 +24,10 @@ from model.shards import shard_files
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 NORM = "model.norm.weight"
+HEAD_ROWS = 16384
+"""Of the output head that a streamed network holds at once."""
+Rows = slice | Tensor
+EVERY = slice(None)
 
 
 def source_of(name: str, architecture: Architecture) -> str:
@@ -52,75 +57,113 @@ class Int4Folder:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
-    def matrix(self, name: str) -> Quantized | Tensor:
+    def matrix(self, name: str, rows: Rows = EVERY) -> Quantized | Tensor:
         """A matrix as stored: quantized, or the float tensor itself where the recipe keeps 16 bits."""
         if name in self._file_of:
-            return self.tensor(name)
-        values, scales = self.tensor(f"{name}.values"), self.tensor(f"{name}.scales")
+            return self.tensor(name)[rows]
+        values, scales = self.tensor(f"{name}.values")[rows], self.tensor(f"{name}.scales")[rows]
         return (
             Quantized(unpack_nibbles(values), scales, 4)
             if values.dtype == torch.uint8
             else Quantized(values, scales, 8)
         )
 
-    def float_matrix(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    def float_matrix(self, name: str, dtype: torch.dtype = torch.float32, rows: Rows = EVERY) -> Tensor:
         """The weight that the stored matrix stands for; exact in float64, values times float32 scales."""
-        stored = self.matrix(name)
+        stored = self.matrix(name, rows)
         return stored.dequantize(dtype) if isinstance(stored, Quantized) else stored.to(dtype)
 
 
-def float_network(checkpoint: Checkpoint, dtype: torch.dtype) -> Network:
-    """The unquantized network, computed eagerly in `dtype`: the reference of every gate."""
+class _Weights(NamedTuple):
+    """How an eager network's weights are read."""
+
+    architecture: Architecture
+    tensor: Callable[[str], Tensor]
+    rows: Callable[[str, Rows], Tensor]
+    """Of the embedding."""
+    matrix: Callable[[str, Rows], Dense]
+
+
+def float_network(checkpoint: Checkpoint, dtype: torch.dtype, *, streamed: bool = False) -> Network:
+    """The unquantized network, computed eagerly in `dtype`: the reference of every gate.
+
+    Streamed, weights are read when they are used and not kept.
+    """
     arch = checkpoint.architecture
 
-    def read(name: str) -> Tensor:
-        return checkpoint.tensor(source_of(name, arch)).to(dtype)
+    def read(name: str, rows: Rows = EVERY) -> Tensor:
+        return checkpoint.tensor(source_of(name, arch))[rows].to(dtype)
 
-    return _eager_network(arch, read, lambda name: Dense(read(name)))
+    return _eager_network(_Weights(arch, read, read, lambda name, rows: Dense(read(name, rows))), dtype, streamed)
 
 
-def quantized_network(folder: Int4Folder, *, as_served: bool, products: torch.dtype = torch.float32) -> Network:
+def quantized_network(
+    folder: Int4Folder, *, as_served: bool, products: torch.dtype = torch.float32, streamed: bool = False
+) -> Network:
     """The quantized weights in float32 arithmetic; `as_served` adds the engine's int8 activations and bf16 KV cache.
 
     With products in float64, as on x86-64, it says what the engine says there, word for word.
+    Streamed, weights are read when they are used and not kept.
     """
 
-    def matrix(name: str) -> Dense:
+    def matrix(name: str, rows: Rows) -> Dense:
         int8 = as_served and name not in folder.names
-        return Dense(folder.float_matrix(name, products if int8 else torch.float32), int8_activations=int8)
+        return Dense(folder.float_matrix(name, products if int8 else torch.float32, rows), int8_activations=int8)
 
-    return _eager_network(
+    weights = _Weights(
         folder.architecture,
-        lambda name: folder.float_matrix(name) if name == EMBEDDING else folder.tensor(name).float(),
+        lambda name: folder.tensor(name).float(),
+        lambda name, rows: folder.float_matrix(name, rows=rows),
         matrix,
-        torch.bfloat16 if as_served else torch.float32,
     )
+    return _eager_network(weights, torch.bfloat16 if as_served else torch.float32, streamed)
 
 
-def _eager_network(
-    arch: Architecture,
-    tensor: Callable[[str], Tensor],
-    matrix: Callable[[str], Dense],
-    kv_dtype: torch.dtype | None = None,
-) -> Network:
-    def fused(*names: str) -> Dense:
-        parts = [matrix(name) for name in names]
-        return Dense(torch.cat([part.weight for part in parts]), parts[0].int8_activations)
+def _eager_network(weights: _Weights, kv_dtype: torch.dtype, streamed: bool) -> Network:
+    arch, norm = weights.architecture, weights.tensor(NORM)
+    layers, head = _Layers(weights), _HeadParts(weights)
+    if streamed:
+        return Network(arch, lambda tokens_T: weights.rows(EMBEDDING, tokens_T), layers, norm, head, kv_dtype)
+    table = weights.rows(EMBEDDING, EVERY)
+    return Network(arch, table.__getitem__, list(layers), norm, [weights.matrix(HEAD, EVERY)], kv_dtype)
 
-    layers = []
-    for layer in range(arch.layers):
-        names = layer_names(layer)
-        layers.append(
-            LayerWeights(
-                tensor(names["attention_norm"][0]),
-                fused(*names["qkv"]),
-                fused(*names["output"]),
-                tensor(names["mlp_norm"][0]),
-                fused(*names["gate_up"]),
-                fused(*names["down"]),
-            )
-        )
-    return Network(arch, tensor(EMBEDDING), layers, tensor(NORM), matrix(HEAD), kv_dtype)
+
+class _Layers(Sequence[LayerWeights]):
+    """Reads a layer's weights when it is asked for."""
+
+    def __init__(self, weights: _Weights) -> None:
+        self._weights = weights
+
+    def __len__(self) -> int:
+        return self._weights.architecture.layers
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        parts: dict[str, Any] = {
+            field: self._weights.tensor(names[0]) if field.endswith("norm") else self._fused(names)
+            for field, names in layer_names(index).items()
+        }
+        return LayerWeights(**parts)
+
+    def _fused(self, names: list[str]) -> Dense:
+        parts = [self._weights.matrix(name, EVERY) for name in names]
+        return Dense(torch.cat([part.weight for part in parts]), parts[0].int8_activations) if names[1:] else parts[0]
+
+
+class _HeadParts(Sequence[Dense]):
+    """Reads some of the head's rows when they are asked for."""
+
+    def __init__(self, weights: _Weights) -> None:
+        self._weights = weights
+
+    def __len__(self) -> int:
+        return -(-self._weights.architecture.vocab // HEAD_ROWS)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._weights.matrix(HEAD, slice(index * HEAD_ROWS, (index + 1) * HEAD_ROWS))
 
 
 def layer_names(layer: int) -> dict[str, list[str]]:

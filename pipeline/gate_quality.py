@@ -6,6 +6,7 @@ reference's distribution to the quantized one's (nats), whether the likeliest to
 from which perplexity follows. Tokens of a window are not independent, so the bootstrap draws whole windows.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from model.artifact import manifest_digest
 from model.checkpoint import SafetensorsCheckpoint
 from model.errors import InputError
-from model.llama import sequence_logits
+from model.llama import Network, through_layer
 from model.networks import Int4Folder, float_network, quantized_network
 from model.tokenizer import Tokenizer
 from pipeline.configs import GateQualityConfig
@@ -24,6 +25,8 @@ from pipeline.statistics import bootstrap, column
 from pipeline.verdict import Check, write_report
 
 DOCUMENT_BREAK = "<|document|>"
+HEAD_WINDOWS = 2
+"""Whose logits are in memory at a time; more would read the head less often."""
 
 
 def run(config: GateQualityConfig, text: Path, checkpoint: Path, int4: Path, report: Path) -> list[Check]:
@@ -33,13 +36,9 @@ def run(config: GateQualityConfig, text: Path, checkpoint: Path, int4: Path, rep
         raise InputError(
             f"{text}: {len(windows)} windows of {config.window_tokens} tokens; give more text or less per window"
         )
-    reference = float_network(SafetensorsCheckpoint(checkpoint), torch.float32)
-    quantized = quantized_network(Int4Folder(int4), as_served=True)
-    with torch.inference_mode():
-        compared = [
-            compare_logits(sequence_logits(reference, tokens), sequence_logits(quantized, tokens), tokens)
-            for tokens in track(windows, "comparing windows")
-        ]
+    reference = float_network(SafetensorsCheckpoint(checkpoint), torch.float32, streamed=True)
+    quantized = quantized_network(Int4Folder(int4), as_served=True, streamed=True)
+    compared = compare(reference, quantized, windows)
     per_window = torch.stack([tokens.mean(dim=0) for tokens in compared]).tolist()
     kl = bootstrap(column(0), per_window, config.confidence)
     top1 = bootstrap(column(1), per_window, config.confidence)
@@ -75,6 +74,29 @@ def text_windows(text: Path, tokenizer: Tokenizer, window: int) -> list[Tensor]:
     documents = text.read_text(encoding="utf-8").split(DOCUMENT_BREAK)
     pieces = [piece for part in documents for piece in torch.tensor(tokenizer.encode(part.strip())).split(window)]
     return [piece for piece in pieces if len(piece) == window]
+
+
+def compare(reference: Network, quantized: Network, windows: Sequence[Tensor]) -> list[Tensor]:
+    """`compare_logits` of every window. Layer by layer, so that of each network one layer is in memory at a time."""
+    with torch.inference_mode():
+        states = [_last_states(network, windows) for network in (reference, quantized)]
+        compared = []
+        for start in track(range(0, len(windows), HEAD_WINDOWS), "comparing logits"):
+            group = windows[start : start + HEAD_WINDOWS]
+            logits = [
+                network.head(torch.cat(of[start : start + HEAD_WINDOWS])).split([len(tokens) for tokens in group])
+                for network, of in zip((reference, quantized), states, strict=True)
+            ]
+            compared += [compare_logits(p, q, tokens) for p, q, tokens in zip(*logits, group, strict=True)]
+    return compared
+
+
+def _last_states(network: Network, windows: Sequence[Tensor]) -> list[Tensor]:
+    """What the last layer gives [T, D] for every window."""
+    states = [network.embed(tokens) for tokens in windows]
+    for weights in track(network.layers, "reading through layers"):
+        states = [through_layer(network, weights, x_TD) for x_TD in states]
+    return states
 
 
 def compare_logits(reference_TV: Tensor, quantized_TV: Tensor, tokens_T: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def test_kernel_multiplies_by_the_weights_of_the_reference(
     recipe = Recipe(scheme=scheme, head_bits=8, embedding_bits=8)  # type: ignore[arg-type]
     folder = Int4Folder(write_int4(model, recipe, tmp_path))
     packed = dict(packed_weights(folder, kernel()))
-    for layer, weights in enumerate(quantized_network(folder, as_served=True)._layers):
+    for layer, weights in enumerate(quantized_network(folder, as_served=True).layers):
         dense: Dense = getattr(weights, field)
         x_TI = torch.randn(9, dense.weight.shape[1], generator=torch.Generator().manual_seed(layer))
         weight = packed[f"layers.{layer}.{field}"]
@@ -110,9 +110,10 @@ def test_as_served_rounds_what_the_engine_rounds(tmp_path: Path, head_bits: Bits
     for as_served, kv_dtype in ((True, torch.bfloat16), (False, torch.float32)):
         network = quantized_network(folder, as_served=as_served)
         assert network.kv_dtype == kv_dtype
-        assert isinstance(network._head, Dense)
-        assert network._head.int8_activations == (as_served and head_bits != 16)
-        for layer in network._layers:
+        (head,) = network.head_parts
+        assert isinstance(head, Dense)
+        assert head.int8_activations == (as_served and head_bits != 16)
+        for layer in network.layers:
             assert {weight.int8_activations for weight in layer if isinstance(weight, Dense)} == {as_served}
 
 
@@ -166,3 +167,20 @@ def test_damaged_folder_is_refused(tmp_path: Path) -> None:
     (int4 / "manifest.json").write_text(json.dumps({**manifest, "kind": "engine"}))
     with pytest.raises(InputError, match="holds kind 'engine' in format 1, expected 'int4'"):
         Int4Folder(int4)
+
+
+@pytest.mark.parametrize("head_bits", get_args(Bits))
+def test_streamed_networks_are_the_same_networks(
+    tmp_path: Path, head_bits: Bits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read when used, the head in parts of which the last is smaller, they give the same logits."""
+    monkeypatch.setattr("model.networks.HEAD_ROWS", 30)
+    model = write_random_model(tmp_path / "model", replace(TINY, tied_head=True))
+    folder = Int4Folder(write_int4(model, replace(G32, head_bits=head_bits), tmp_path))
+    checkpoint = SafetensorsCheckpoint(model)
+    for whole, streamed in (
+        (float_network(checkpoint, torch.float32), float_network(checkpoint, torch.float32, streamed=True)),
+        (quantized_network(folder, as_served=True), quantized_network(folder, as_served=True, streamed=True)),
+    ):
+        assert len(whole.head_parts) == 1 < len(streamed.head_parts)
+        torch.testing.assert_close(sequence_logits(streamed, TOKENS), sequence_logits(whole, TOKENS))
