@@ -201,10 +201,14 @@ def sequence_logits(model: Network, tokens_T: Tensor) -> Tensor:
 
 def through_layer(model: Network, weights: LayerWeights, x_TD: Tensor) -> Tensor:
     """One decoder layer over a whole sequence."""
-    arch = model.architecture
-    place = single_sequence(rotary_table(arch, len(x_TD)), len(x_TD))
-    (cache,) = new_caches(replace(arch, layers=1), place.tables_BP.shape[1], model.kv_dtype)
-    return decoder_layer(x_TD, place, cache, weights, arch.norm_eps)
+    return decoder_layer(x_TD, *layer_place(model, len(x_TD)), weights, model.architecture.norm_eps)
+
+
+def layer_place(model: Network, tokens: int) -> tuple[Place, KVCache]:
+    """Where one layer works on a whole sequence, and an empty cache for it."""
+    place = single_sequence(rotary_table(model.architecture, tokens), tokens)
+    (cache,) = new_caches(replace(model.architecture, layers=1), place.tables_BP.shape[1], model.kv_dtype)
+    return place, cache
 
 
 def _tensors(tree: object) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Symmetric int4 and int8 weights with a data-free scale search.
+"""Symmetric int4 and int8 weights: a search for scales, by the weights alone or by what their errors do to products.
 
 Round-to-nearest with scale amax/7 wastes levels: most groups have one outlier and a mass near zero. Instead every
 group tries scales s = ±f * amax / 7.5 for f in 0.5..1.15, rounds, refits s by least squares (s = Σwk / Σk²), and
@@ -52,37 +52,58 @@ class QuantizationError(NamedTuple):
     """max |w - ŵ|."""
 
 
-def quantize(name: str, weight_OI: Tensor, bits: int, group: int, search_steps: int) -> Quantized:
-    """Quantizes `weight_OI` to 4 or 8 bits with one scale per `group` inputs.
+def quantize(
+    name: str, weight_OI: Tensor, bits: int, group: int, search_steps: int, energy_I: Tensor | None = None
+) -> Quantized:
+    """Quantizes `weight_OI` to 4 or 8 bits with one scale per `group` inputs, each weight to the nearest value.
 
+    `energy_I` is the mean square of each input, where it is known: errors then count by what they do to the products.
     Scales are bf16 when grouped and float32 when there is one per row: the forms KleidiAI takes.
     Raises InputError naming the tensor if it holds a NaN or an infinity, or if the group does not fit its rows.
     """
+    scales_OG = chosen_scales(name, weight_OI, bits, group, search_steps, energy_I)
+    values_OI = torch.empty(weight_OI.shape, dtype=torch.int8)
+    low, high = (-8, 7) if bits == 4 else EIGHT_BIT_RANGE
+    for rows in _row_chunks(*weight_OI.shape):
+        scales = scales_OG[rows].float()
+        zero = torch.zeros(scales.shape, dtype=torch.int32)
+        values_OI[rows] = quantize_affine(weight_OI[rows].float(), (1, group), scales, zero, torch.int8, low, high)
+    return Quantized(values_OI, scales_OG, bits)
+
+
+def chosen_scales(
+    name: str, weight_OI: Tensor, bits: int, group: int, search_steps: int, energy_I: Tensor | None = None
+) -> Tensor:
+    """The scales [O, G] that `quantize` uses, as they are stored."""
     outputs, inputs = weight_OI.shape
     if inputs % group or group % 2:
         raise InputError(f"tensor {name}: {inputs} inputs do not divide into groups of {group}; choose int4-channel")
-    if not bool(torch.isfinite(weight_OI).all()):
-        bad = int((~torch.isfinite(weight_OI)).sum())
-        raise InputError(f"tensor {name}: {bad} of {weight_OI.numel()} weights are NaN or infinite; fetch it again")
+    check_finite(name, weight_OI)
     scale_dtype = torch.bfloat16 if group < inputs else torch.float32
-    values = torch.empty(outputs, inputs, dtype=torch.int8)
-    scales = torch.empty(outputs, inputs // group, dtype=scale_dtype)
-    low, high = (-8, 7) if bits == 4 else EIGHT_BIT_RANGE
+    scales_OG = torch.empty(outputs, inputs // group, dtype=scale_dtype)
     for rows in _row_chunks(outputs, inputs):
         chunk = weight_OI[rows].float()
-        scale = _int8_scales(chunk, group) if bits == 8 else search_scales(chunk, group, search_steps)
-        scales[rows] = _never_zero(scale.to(scale_dtype))
-        zero = torch.zeros(scales[rows].shape, dtype=torch.int32)
-        values[rows] = quantize_affine(chunk, (1, group), scales[rows].float(), zero, torch.int8, low, high)
-    return Quantized(values, scales, bits)
+        scale = _int8_scales(chunk, group) if bits == 8 else search_scales(chunk, group, search_steps, energy_I)
+        scales_OG[rows] = _never_zero(scale.to(scale_dtype))
+    return scales_OG
 
 
-def search_scales(weight_OI: Tensor, group: int, steps: int) -> Tensor:
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raises InputError naming the tensor if it holds a NaN or an infinity."""
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise InputError(f"tensor {name}: {bad} of {weight.numel()} weights are NaN or infinite; fetch it again")
+
+
+def search_scales(weight_OI: Tensor, group: int, steps: int, energy_I: Tensor | None = None) -> Tensor:
     """The least-squares int4 scale of every group, [O, G] float32, possibly negative; see the module's text.
 
-    After refitting, the squared error is Σw² - (Σwk)² / Σk², so the best candidate has the largest (Σwk)² / Σk².
+    After refitting, the squared error, weighted with h = `energy_I` or 1, is Σhw² - (Σhwk)² / Σhk², so the best
+    candidate has the largest (Σhwk)² / Σhk².
     """
     w_OGE = weight_OI.unflatten(1, (-1, group))
+    h_GE = None if energy_I is None else energy_I.float().view(-1, group)
+    weighted_OGE = w_OGE if h_GE is None else w_OGE * h_GE
     reach_OG1 = w_OGE.abs().amax(dim=2, keepdim=True) / 7.5
     best_gain = torch.full(reach_OG1.shape[:2], -1.0)
     best_scale = torch.zeros(reach_OG1.shape[:2])
@@ -90,11 +111,13 @@ def search_scales(weight_OI: Tensor, group: int, steps: int) -> Tensor:
         for sign in (1.0, -1.0):
             inverse_OG1 = torch.where(reach_OG1 > 0, sign / (factor * reach_OG1), 0.0)
             k_OGE = (w_OGE * inverse_OG1).round_().clamp_(-8, 7)
-            dot, energy = (w_OGE * k_OGE).sum(dim=2), k_OGE.square_().sum(dim=2)
+            dot = (weighted_OGE * k_OGE).sum(dim=2)
+            squares_OGE = k_OGE.square_() if h_GE is None else k_OGE.square_().mul_(h_GE)
+            energy = squares_OGE.sum(dim=2)
             gain = torch.where(energy > 0, dot.square() / energy, 0.0)
             better = gain > best_gain
             best_gain = torch.where(better, gain, best_gain)
-            best_scale = torch.where(better & (energy > 0), dot / energy.clamp(min=1), best_scale)
+            best_scale = torch.where(better & (energy > 0), dot / energy, best_scale)
     return best_scale
 
 

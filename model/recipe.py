@@ -18,6 +18,9 @@ class Recipe(Checked):
     """Width of the embedding table: gathered, never multiplied, so it costs memory and no time."""
     head_bits: Bits
     """Width of the output head: read whole for every token, so it costs speed."""
+    method: Literal["search", "weighted-search", "gptq"] = "search"
+    """How the layers' int4 is found: the scales with the least error of weights; of products with calibration inputs,
+    counting each input by its energy; or those scales, and roundings that make up for each other (`model.gptq`)."""
     search_steps: Annotated[int, Range(1, 64)] = 14
     """Candidate scales tried per group and sign; see `model.quantization.search_scales`."""
 

@@ -20,10 +20,10 @@ from model.networks import float_network
 from model.tokenizer import Tokenizer
 from pipeline.bandwidth import read_bandwidth
 from pipeline.configs import GateLatencyConfig
-from pipeline.gate_quality import text_windows
 from pipeline.progress import track
 from pipeline.statistics import Interval, bootstrap, column
 from pipeline.verdict import Check, write_report
+from pipeline.windows import text_windows
 
 
 class Compared(NamedTuple):

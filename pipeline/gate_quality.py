@@ -23,14 +23,17 @@ from pipeline.configs import GateQualityConfig
 from pipeline.progress import track
 from pipeline.statistics import bootstrap, column
 from pipeline.verdict import Check, write_report
+from pipeline.windows import check_apart, text_windows
 
-DOCUMENT_BREAK = "<|document|>"
 HEAD_WINDOWS = 2
 """Whose logits are in memory at a time; more would read the head less often."""
 
 
-def run(config: GateQualityConfig, text: Path, checkpoint: Path, int4: Path, report: Path) -> list[Check]:
-    """Writes the report and returns the checks."""
+def run(
+    config: GateQualityConfig, text: Path, calibration: Path, checkpoint: Path, int4: Path, report: Path
+) -> list[Check]:
+    """Writes the report and returns the checks. Raises InputError if `text` shares a passage with `calibration`."""
+    check_apart(calibration, text)
     windows = text_windows(text, Tokenizer.load(int4), config.window_tokens)[: config.windows_max]
     if len(windows) < 2:
         raise InputError(
@@ -67,13 +70,6 @@ def run(config: GateQualityConfig, text: Path, checkpoint: Path, int4: Path, rep
         perplexity_ratio=ratio.rounded(),
     )
     return checks
-
-
-def text_windows(text: Path, tokenizer: Tokenizer, window: int) -> list[Tensor]:
-    """Full windows of token ids, each within one document of the text, in its order."""
-    documents = text.read_text(encoding="utf-8").split(DOCUMENT_BREAK)
-    pieces = [piece for part in documents for piece in torch.tensor(tokenizer.encode(part.strip())).split(window)]
-    return [piece for piece in pieces if len(piece) == window]
 
 
 def compare(reference: Network, quantized: Network, windows: Sequence[Tensor]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pipeline.configs import Config
 from pipeline.stage import Stage
+from pipeline.windows import CALIBRATION_TEXT, GATE_TEXT
 
 CHECKPOINT = Path("checkpoint")
 INT4 = Path("int4")
@@ -22,14 +23,19 @@ VALIDATION = Path("cache_data/validation")
 PERSONA = Path("cache_data/persona.yaml")
 PROLOGUE = Path("cache_data/prologue.yaml")
 SCHEMA = Path("cache_data/schema")
-GATE_TEXT = Path("pipeline/texts/gate.txt")
 
 
 def table(config: Config) -> tuple[Stage, ...]:
     """The stages of a configuration, in the order in which they run."""
     return (
         Stage(name="fetch", config=config.fetch, sources=_folder_of(config.fetch.source), outputs=(CHECKPOINT,)),
-        Stage(name="quantize", config=config.quantize, inputs=(CHECKPOINT,), outputs=(INT4, QUANTIZATION)),
+        Stage(
+            name="quantize",
+            config=config.quantize,
+            sources=(CALIBRATION_TEXT,),
+            inputs=(CHECKPOINT,),
+            outputs=(INT4, QUANTIZATION),
+        ),
         Stage(name="export", config=config.export, inputs=(INT4,), outputs=(ENGINE,)),
         Stage(
             name="export_embedder",
@@ -54,7 +60,7 @@ def table(config: Config) -> tuple[Stage, ...]:
         Stage(
             name="gate_quality",
             config=config.gate_quality,
-            sources=(GATE_TEXT,),
+            sources=(GATE_TEXT, CALIBRATION_TEXT),
             inputs=(CHECKPOINT, INT4),
             outputs=(QUALITY,),
         ),

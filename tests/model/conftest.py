@@ -31,7 +31,8 @@ from model.recipe import Recipe
 from model.sampling import Sampling
 from model.tokenizer import Tokenizer, chat_settings
 from pipeline.configs import ExportConfig, FetchConfig, embedded
-from tests.conftest import TINY, write_tiny_model
+from pipeline.windows import CALIBRATION_TEXT
+from tests.conftest import ROOT, TINY, write_tiny_model
 
 ASCII_TOKENS = slice(2, 96)
 """The tiny tokenizer's tokens of "!" to "~"."""
@@ -77,7 +78,8 @@ def write_int4(model: Path, recipe: Recipe, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     source = FetchConfig(source=f"folder:{model}", model_id="tiny", licence="none")
     pipeline.fetch.run(source, folder / "checkpoint")
-    pipeline.quantize.run(recipe, folder / "checkpoint", folder / "int4", folder / "report.json")
+    text = ROOT / CALIBRATION_TEXT
+    pipeline.quantize.run(recipe, text, folder / "checkpoint", folder / "int4", folder / "report.json")
     return folder / "int4"
 
 

@@ -11,6 +11,8 @@ from model.engine import Engine
 from model.llama import Network
 from model.networks import Int4Folder, quantized_network
 from pipeline.configs import embedded
+from pipeline.windows import CALIBRATION_TEXT
+from tests.conftest import ROOT
 from tests.model.conftest import assert_chosen_as_by_the_reference, export
 
 PROMPTS = (
@@ -42,9 +44,8 @@ Replies = list[tuple[list[int], list[int]]]
 @pytest.fixture(scope="module", params=["int4-g32", "int4-channel"])
 def int4(request: pytest.FixtureRequest, smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm")
-    pipeline.quantize.run(
-        replace(embedded().quantize, scheme=request.param), smollm, folder / "int4", folder / "report"
-    )
+    recipe = replace(embedded().quantize, scheme=request.param)
+    pipeline.quantize.run(recipe, ROOT / CALIBRATION_TEXT, smollm, folder / "int4", folder / "report.json")
     return folder / "int4"
 
 

@@ -20,13 +20,15 @@ from model.errors import InputError
 from model.tokenizer import Tokenizer
 from pipeline import build_cache, gate_cache, gate_quality, report
 from pipeline.configs import GateCacheConfig, GateQualityConfig, ReportConfig, embedded
-from pipeline.gate_quality import DOCUMENT_BREAK, compare_logits, text_windows
+from pipeline.gate_quality import compare_logits
 from pipeline.verdict import Check
+from pipeline.windows import CALIBRATION_TEXT, DOCUMENT_BREAK, check_apart, text_windows
 from tests.conftest import ROOT
 from tests.pipeline.conftest import Ended, Run, cli, from_folder
 
 DATA = ROOT / "cache_data"
 SCHEMAS = DATA / "schema"
+APART = ROOT / CALIBRATION_TEXT
 Report = dict[str, Any]
 
 
@@ -96,7 +98,7 @@ def text(tmp_path: Path) -> Path:
 
 def test_quality_gate_passes_what_the_quantizer_made(tiny_build: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "quality.json"
-    checks = gate_quality.run(QUALITY, text, tiny_build / "checkpoint", tiny_build / "int4", out)
+    checks = gate_quality.run(QUALITY, text, APART, tiny_build / "checkpoint", tiny_build / "int4", out)
     assert failed(checks) == []
     written = read(out)
     assert written["gate"] == "quality" and written["passed"] is True
@@ -112,7 +114,7 @@ def test_quality_gate_notices_a_zeroed_tensor(tiny_build: Path, text: Path, tmp_
     tensors[f"{tensor}.values"].fill_(0x88)  # two nibbles of value + 8
     save_file(tensors, shard)
     reseal(int4)
-    checks = gate_quality.run(QUALITY, text, tiny_build / "checkpoint", int4, tmp_path / "quality.json")
+    checks = gate_quality.run(QUALITY, text, APART, tiny_build / "checkpoint", int4, tmp_path / "quality.json")
     assert "mean KL divergence, upper limit" in failed(checks)
     assert read(tmp_path / "quality.json")["passed"] is False
 
@@ -124,15 +126,32 @@ def test_quality_gate_refuses_a_folder_that_was_tampered_with(tiny_build: Path, 
     content[-1] ^= 1
     shard.write_bytes(content)
     with pytest.raises(InputError, match=f"{shard}: SHA-256 .* found"):
-        gate_quality.run(QUALITY, text, tiny_build / "checkpoint", int4, tmp_path / "quality.json")
+        gate_quality.run(QUALITY, text, APART, tiny_build / "checkpoint", int4, tmp_path / "quality.json")
 
 
 def test_quality_gate_refuses_too_little_text(tiny_build: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("x" * 63)
     with pytest.raises(InputError, match="1 windows of 32 tokens; give more text or less per window"):
         gate_quality.run(
-            QUALITY, tmp_path / "text.txt", tiny_build / "checkpoint", tiny_build / "int4", tmp_path / "quality.json"
+            QUALITY,
+            tmp_path / "text.txt",
+            APART,
+            tiny_build / "checkpoint",
+            tiny_build / "int4",
+            tmp_path / "quality.json",
         )
+
+
+def test_quality_gate_refuses_text_that_models_are_calibrated_with(
+    tiny_build: Path, text: Path, tmp_path: Path
+) -> None:
+    """A passage of eight words, however it is broken into lines."""
+    calibration = tmp_path / "calibration.txt"
+    calibration.write_text("Once the road was\npaved with 3 yellow bricks. And then?")
+    with pytest.raises(InputError, match=r"share 'the road was paved with 3 yellow bricks\.': take it out of one"):
+        gate_quality.run(QUALITY, text, calibration, tiny_build / "checkpoint", tiny_build / "int4", tmp_path / "out")
+    calibration.write_text("Once the road was\npaved with 3 yellow stones. And then?")
+    check_apart(calibration, text)
 
 
 def quality_run(run: Run, model: Path, build: Path, **limits: float) -> Ended:
@@ -415,7 +434,7 @@ def test_summary_shows_every_check_and_the_verdict(
     small.build()
     small.judge()
     quality = tmp_path / "quality.json"
-    gate_quality.run(QUALITY, text, tiny_build / "checkpoint", tiny_build / "int4", quality)
+    gate_quality.run(QUALITY, text, APART, tiny_build / "checkpoint", tiny_build / "int4", quality)
     checks = [LATENCY["checks"][0], {**LATENCY["checks"][1], "passed": latency_passed}]
     latency, savings = tmp_path / "latency.json", tmp_path / "savings.json"
     latency.write_text(json.dumps({**LATENCY, "passed": latency_passed, "checks": checks}))
