@@ -296,7 +296,7 @@ void int4_linear(const float* x, const uint8_t* packed, int64_t tokens, int64_t 
     const Int4 w(packed, group, inputs, outputs);
     uint8_t* values = values_of.of(tokens * inputs);
     double *scale = scales_of.of(2 * tokens), *zero = scale + tokens;
-#pragma omp parallel for if (tokens > 4)
+#pragma omp parallel for if (tokens * inputs > 8000)
     for (int64_t t = 0; t < tokens; t++) quantize(x + t * inputs, w, values + t * inputs, scale + t, zero + t);
     const Quantized quantized{values, scale, zero};
 #pragma omp parallel for

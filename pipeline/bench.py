@@ -145,11 +145,17 @@ def _append(engine: Engine, sequences: list[Any]) -> None:
 
 
 def _case(subjects: Mapping[str, Measure], sequences: int, prompt: int, repetitions: int) -> dict[str, Any]:
-    """Every subject's speeds, and the first one's ratio to each."""
-    rounds = [
-        {name: measure(sequences, prompt, OUTPUT_TOKENS) for name, measure in subjects.items()}
-        for _ in range(repetitions + 1)
-    ][1:]
+    """Every subject's speeds, the engines' ratios to the others, and of several sequences to one of them."""
+    rounds: list[dict[str, Mapping[str, float]]] = []
+    gains: dict[str, list[float]] = {name: [] for name in subjects if sequences > 1 and name.startswith("int4")}
+    for _ in range(repetitions + 1):
+        rounds.append({})
+        for name, measure in subjects.items():
+            rounds[-1][name] = measure(sequences, prompt, OUTPUT_TOKENS)
+            if name in gains:
+                alone = measure(1, prompt, OUTPUT_TOKENS)
+                gains[name].append(rounds[-1][name]["decode"] / alone["decode"])
+    rounds = rounds[1:]  # the first warms up
     speeds = {
         name: {step: _spread([one[name][step] for one in rounds]) for step in ("prefill", "decode")}
         for name in subjects
@@ -162,18 +168,16 @@ def _case(subjects: Mapping[str, Measure], sequences: int, prompt: int, repetiti
         for other in subjects
         if name.startswith("int4") and not other.startswith("int4")
     }
-    return {"tokens_s": speeds, "ratios": ratios}
+    return {"tokens_s": speeds, "ratios": ratios, "together": {name: _spread(one[1:]) for name, one in gains.items()}}
 
 
 def _ceiling(engine: Engine, bandwidth: float, cases: Mapping[str, Any], name: str) -> dict[str, float]:
     decode = cases["1 x 128"]["tokens_s"][name]["decode"]["median"]
-    together = cases["8 x 128"]["tokens_s"][name]["decode"]["median"]
     limit = bandwidth / engine.bytes_per_token
     return {
         "bytes_per_token": engine.bytes_per_token,
         "decode_tokens_s": round(limit, 1),
         "reached": round(decode / limit, 4),
-        "eight_together": round(together / decode, 3),
     }
 
 
@@ -203,6 +207,8 @@ def _print(result: dict[str, Any], subjects: Sequence[str]) -> None:
             _row(name, [figures["tokens_s"][name][step] for step in ("prefill", "decode")], "tokens/s", 0)
         for name, ratio in figures["ratios"].items():
             _row(name, [ratio["prefill"], ratio["decode"]], "ratio", 2)
+        for name, gain in figures["together"].items():
+            _row(f"{name}, together / one", [gain], "ratio of decoding", 2)
         print()
     _row("start to first token", [result["start_to_first_token_s"]], "s", 2)
     _row("resident memory", [result["resident_mb"]], "MB", 0)
@@ -211,7 +217,7 @@ def _print(result: dict[str, Any], subjects: Sequence[str]) -> None:
     for name, ceiling in result["ceilings"].items():
         print(
             f"  {name}: {ceiling['bytes_per_token'] / 1e6:.1f} MB per token, so at most {ceiling['decode_tokens_s']} "
-            f"tokens/s; {ceiling['reached']:.0%} reached; 8 together {ceiling['eight_together']} times one"
+            f"tokens/s; {ceiling['reached']:.0%} reached"
         )
 
 

@@ -71,7 +71,7 @@ def test_each_product_is_fitted_to_its_inputs_as_quantized(
                 found = folder.matrix(name)
                 assert not isinstance(found, Tensor)
                 differ = found.scales != expected.scales  # two candidates may be equally good
-                assert differ.float().mean() < 0.01, name
+                assert differ.float().mean() < 0.03, name
                 assert torch.equal(found.values[~differ.any(dim=1)], expected.values[~differ.any(dim=1)])
 
 
