@@ -1,4 +1,4 @@
-"""Quantizes the float model to int4, one tensor at a time, and reports the error of every tensor."""
+"""Quantizes the float model to int4, by its weights alone or fitted to text, and reports the error of every tensor."""
 
 import shutil
 from collections.abc import Iterator

@@ -44,7 +44,7 @@ Replies = list[tuple[list[int], list[int]]]
 @pytest.fixture(scope="module", params=["int4-g32", "int4-channel"])
 def int4(request: pytest.FixtureRequest, smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm")
-    recipe = replace(embedded().quantize, scheme=request.param)
+    recipe = replace(embedded().quantize, scheme=request.param, method="search")
     pipeline.quantize.run(recipe, ROOT / CALIBRATION_TEXT, smollm, folder / "int4", folder / "report.json")
     return folder / "int4"
 

@@ -21,7 +21,7 @@ from pipeline.windows import text_windows
 from tests.conftest import TINY
 from tests.model.conftest import load_tokenizer, write_int4, write_random_model
 
-RECIPE = Recipe(scheme="int4-g32", embedding_bits=8, head_bits=8, method="weighted-search")
+RECIPE = Recipe(scheme="int4-g32", embedding_bits=16, head_bits=8, method="weighted-search")
 TEXT = "".join(
     f"The road was paved with {count} yellow bricks, and then with {7 * count} red ones. " for count in range(40)
 )
@@ -70,9 +70,8 @@ def test_each_product_is_fitted_to_its_inputs_as_quantized(
                 expected = quantize(name, reader.tensor(name), 4, 32, RECIPE.search_steps, energy)
                 found = folder.matrix(name)
                 assert not isinstance(found, Tensor)
-                differ = found.scales != expected.scales  # two candidates may be equally good
-                assert differ.float().mean() < 0.03, name
-                assert torch.equal(found.values[~differ.any(dim=1)], expected.values[~differ.any(dim=1)])
+                # A scale and its negative are often equally good, and stand for the same weights.
+                assert torch.equal(found.dequantize(), expected.dequantize()), name
 
 
 def test_gptq_is_nearer_to_the_float_model_than_the_search(checkpoint: Path, tmp_path: Path) -> None:
