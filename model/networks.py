@@ -121,49 +121,40 @@ def quantized_network(
 
 def _eager_network(weights: _Weights, kv_dtype: torch.dtype, streamed: bool) -> Network:
     arch, norm = weights.architecture, weights.tensor(NORM)
-    layers, head = _Layers(weights), _HeadParts(weights)
+    layers = _Read(arch.layers, lambda layer: _layer(weights, layer))
     if streamed:
+        parts = [slice(first, first + HEAD_ROWS) for first in range(0, arch.vocab, HEAD_ROWS)]
+        head = _Read(len(parts), lambda part: weights.matrix(HEAD, parts[part]))
         return Network(arch, lambda tokens_T: weights.rows(EMBEDDING, tokens_T), layers, norm, head, kv_dtype)
     table = weights.rows(EMBEDDING, EVERY)
     return Network(arch, table.__getitem__, list(layers), norm, [weights.matrix(HEAD, EVERY)], kv_dtype)
 
 
-class _Layers(Sequence[LayerWeights]):
-    """Reads a layer's weights when it is asked for."""
+class _Read(Sequence[Any]):
+    """Parts of a network, each read when it is asked for."""
 
-    def __init__(self, weights: _Weights) -> None:
-        self._weights = weights
+    def __init__(self, count: int, read: Callable[[int], Any]) -> None:
+        self._count, self._read = count, read
 
     def __len__(self) -> int:
-        return self._weights.architecture.layers
+        return self._count
 
     def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):
+        if not 0 <= index < self._count:
             raise IndexError(index)
-        parts: dict[str, Any] = {
-            field: self._weights.tensor(names[0]) if field.endswith("norm") else self._fused(names)
-            for field, names in layer_names(index).items()
-        }
-        return LayerWeights(**parts)
+        return self._read(index)
 
-    def _fused(self, names: list[str]) -> Dense:
-        parts = [self._weights.matrix(name, EVERY) for name in names]
+
+def _layer(weights: _Weights, layer: int) -> LayerWeights:
+    def fused(names: list[str]) -> Dense:
+        parts = [weights.matrix(name, EVERY) for name in names]
         return Dense(torch.cat([part.weight for part in parts]), parts[0].int8_activations) if names[1:] else parts[0]
 
-
-class _HeadParts(Sequence[Dense]):
-    """Reads some of the head's rows when they are asked for."""
-
-    def __init__(self, weights: _Weights) -> None:
-        self._weights = weights
-
-    def __len__(self) -> int:
-        return -(-self._weights.architecture.vocab // HEAD_ROWS)
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self._weights.matrix(HEAD, slice(index * HEAD_ROWS, (index + 1) * HEAD_ROWS))
+    parts: dict[str, Any] = {
+        field: weights.tensor(names[0]) if field.endswith("norm") else fused(names)
+        for field, names in layer_names(layer).items()
+    }
+    return LayerWeights(**parts)
 
 
 def layer_names(layer: int) -> dict[str, list[str]]:
