@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench lock clean
+.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench bench-quality lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -52,6 +52,10 @@ bench: setup ## both schemes beside llama.cpp, torch and the machine's limits (f
 
 count-arm64: setup ## instructions per decoded token on emulated Arm, with KleidiAI and without (needs root)
 	@tests/arm64/count.sh
+
+bench-quality: setup ## our recipes beside torchao's and llama.cpp's int4, on the embedded model
+	@$(RUN) -m pipeline run fetch --config $(CONFIG)
+	@$(RUN) -m pipeline.bench_quality --config $(CONFIG)
 
 lock: ## pin the newest versions that pyproject.toml allows (needs uv)
 	@sh requirements/lock.sh

@@ -8,6 +8,7 @@ from which perplexity follows. Tokens of a window are not independent, so the bo
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from model.networks import Int4Folder, float_network, quantized_network
 from model.tokenizer import Tokenizer
 from pipeline.configs import GateQualityConfig
 from pipeline.progress import track
-from pipeline.statistics import bootstrap, column
+from pipeline.statistics import Interval, bootstrap, bootstrap_quantile, column
 from pipeline.verdict import Check, write_report
 from pipeline.windows import check_apart, text_windows
 
@@ -41,58 +42,87 @@ def run(
         )
     reference = float_network(SafetensorsCheckpoint(checkpoint), torch.float32, streamed=True)
     quantized = quantized_network(Int4Folder(int4), as_served=True, streamed=True)
-    compared = compare(reference, quantized, windows)
-    per_window = torch.stack([tokens.mean(dim=0) for tokens in compared]).tolist()
-    kl = bootstrap(column(0), per_window, config.confidence)
-    top1 = bootstrap(column(1), per_window, config.confidence)
-    ratio = bootstrap(lambda mean: np.exp(mean[..., 3] - mean[..., 2]), per_window, config.confidence)
-    perplexity = bootstrap(lambda mean: np.exp(mean[..., 2]), per_window, config.confidence)
+    compared = compare(reference, read_through(reference, windows), quantized, windows)
+    quality = quality_of(compared, config.confidence)
     checks = [
-        Check(name="mean KL divergence, upper limit", value=kl.upper, limit=config.kl_mean_max, bound="at most"),
-        Check(name="same top-1, lower limit", value=top1.lower, limit=config.same_top1_min, bound="at least"),
         Check(
-            name="perplexity ratio, upper limit", value=ratio.upper, limit=config.perplexity_ratio_max, bound="at most"
+            name="mean KL divergence, upper limit", value=quality.kl.upper, limit=config.kl_mean_max, bound="at most"
+        ),
+        Check(name="same top-1, lower limit", value=quality.top1.lower, limit=config.same_top1_min, bound="at least"),
+        Check(
+            name="perplexity ratio, upper limit",
+            value=quality.ratio.upper,
+            limit=config.perplexity_ratio_max,
+            bound="at most",
         ),
     ]
-    divergences = torch.cat(compared)[:, 0]
     write_report(
         report,
         "quality",
         checks,
         int4_manifest=manifest_digest(int4),
-        tokens=len(divergences),
+        tokens=sum(map(len, compared)),
         windows=len(windows),
         activations="int8 per token, emulated",
-        kl_mean_nats=kl.rounded(),
-        kl_p999_nats=round(float(divergences.quantile(0.999)), 4),
-        same_top1=top1.rounded(),
-        perplexity_reference=perplexity.rounded(4),
-        perplexity_ratio=ratio.rounded(),
+        kl_mean_nats=quality.kl.rounded(),
+        kl_p999_nats=quality.kl_p999.rounded(4),
+        same_top1=quality.top1.rounded(),
+        perplexity_reference=quality.perplexity.rounded(4),
+        perplexity_ratio=quality.ratio.rounded(),
     )
     return checks
 
 
-def compare(reference: Network, quantized: Network, windows: Sequence[Tensor]) -> list[Tensor]:
-    """`compare_logits` of every window. Layer by layer, so that of each network one layer is in memory at a time."""
+class Quality(NamedTuple):
+    """How far a quantized network is from the reference, over all tokens."""
+
+    kl: Interval
+    """Mean, in nats."""
+    kl_p999: Interval
+    """99.9th percentile."""
+    top1: Interval
+    """Share of tokens whose likeliest successor is the same."""
+    ratio: Interval
+    """Of perplexities, quantized over reference."""
+    perplexity: Interval
+    """The reference's."""
+
+
+def quality_of(compared: Sequence[Tensor], confidence: float) -> Quality:
+    """From `compare_logits` of every window; windows are what is independent."""
+    per_window = torch.stack([tokens.mean(dim=0) for tokens in compared]).tolist()
+    return Quality(
+        bootstrap(column(0), per_window, confidence),
+        bootstrap_quantile(0.999, [tokens[:, 0].tolist() for tokens in compared], confidence),
+        bootstrap(column(1), per_window, confidence),
+        bootstrap(lambda mean: np.exp(mean[..., 3] - mean[..., 2]), per_window, confidence),
+        bootstrap(lambda mean: np.exp(mean[..., 2]), per_window, confidence),
+    )
+
+
+def read_through(network: Network, windows: Sequence[Tensor]) -> list[Tensor]:
+    """What the last layer gives [T, D] for every window; of a streamed network one layer is in memory at a time."""
     with torch.inference_mode():
-        states = [_last_states(network, windows) for network in (reference, quantized)]
-        compared = []
+        states = [network.embed(tokens) for tokens in windows]
+        for weights in track(network.layers, "reading through layers"):
+            states = [through_layer(network, weights, x_TD) for x_TD in states]
+    return states
+
+
+def compare(
+    reference: Network, reference_states: Sequence[Tensor], quantized: Network, windows: Sequence[Tensor]
+) -> list[Tensor]:
+    """`compare_logits` of every window; `reference_states` from `read_through`."""
+    states, compared = (reference_states, read_through(quantized, windows)), []
+    with torch.inference_mode():
         for start in track(range(0, len(windows), HEAD_WINDOWS), "comparing logits"):
             group = windows[start : start + HEAD_WINDOWS]
             logits = [
-                network.head(torch.cat(of[start : start + HEAD_WINDOWS])).split([len(tokens) for tokens in group])
+                network.head(torch.cat(list(of[start : start + HEAD_WINDOWS]))).split([len(tokens) for tokens in group])
                 for network, of in zip((reference, quantized), states, strict=True)
             ]
             compared += [compare_logits(p, q, tokens) for p, q, tokens in zip(*logits, group, strict=True)]
     return compared
-
-
-def _last_states(network: Network, windows: Sequence[Tensor]) -> list[Tensor]:
-    """What the last layer gives [T, D] for every window."""
-    states = [network.embed(tokens) for tokens in windows]
-    for weights in track(network.layers, "reading through layers"):
-        states = [through_layer(network, weights, x_TD) for x_TD in states]
-    return states
 
 
 def compare_logits(reference_TV: Tensor, quantized_TV: Tensor, tokens_T: Tensor) -> Tensor:

@@ -61,3 +61,13 @@ def bootstrap(
     tail = (1 - confidence) / 2
     lower, upper = np.quantile(resampled, [tail, 1 - tail])
     return Interval(float(statistic(data.mean(axis=0))), float(lower), float(upper))
+
+
+def bootstrap_quantile(share: float, blocks: Sequence[Sequence[float]], confidence: float) -> Interval:
+    """The same for a quantile over all measurements of all blocks, as in a sample of whole blocks."""
+    data = [np.asarray(block, dtype=np.float64) for block in blocks]
+    picks = np.random.default_rng(SEED).integers(0, len(data), size=(RESAMPLES // 10, len(data)))
+    resampled = [np.quantile(np.concatenate([data[block] for block in pick]), share) for pick in picks]
+    tail = (1 - confidence) / 2
+    lower, upper = np.quantile(resampled, [tail, 1 - tail])
+    return Interval(float(np.quantile(np.concatenate(data), share)), float(lower), float(upper))

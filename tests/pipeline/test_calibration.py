@@ -16,7 +16,7 @@ from model.networks import Int4Folder, float_network, layer_names, quantized_net
 from model.quantization import quantize
 from model.recipe import Recipe
 from pipeline.calibration import WINDOW
-from pipeline.gate_quality import compare
+from pipeline.gate_quality import compare, read_through
 from pipeline.windows import text_windows
 from tests.conftest import TINY
 from tests.model.conftest import load_tokenizer, write_int4, write_random_model
@@ -78,10 +78,10 @@ def test_gptq_is_nearer_to_the_float_model_than_the_search(checkpoint: Path, tmp
     """On the text it was fitted to; on other text the quality gate judges it."""
     reference = float_network(SafetensorsCheckpoint(checkpoint), torch.float32)
     windows = text_windows(checkpoint.parent / "text.txt", load_tokenizer(checkpoint), WINDOW)[:4]
-    divergences = []
+    divergences, states = [], read_through(reference, windows)
     for method in ("search", "gptq"):
         folder = quantized(checkpoint, replace(RECIPE, method=method), tmp_path / method)
-        tokens = torch.cat(compare(reference, quantized_network(folder, as_served=True), windows))
+        tokens = torch.cat(compare(reference, states, quantized_network(folder, as_served=True), windows))
         divergences.append(float(tokens[:, 0].mean()))
     assert divergences[1] < 0.8 * divergences[0]
 

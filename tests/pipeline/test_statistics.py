@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from pipeline.statistics import bootstrap, share_lower, share_upper
+from pipeline.statistics import bootstrap, bootstrap_quantile, share_lower, share_upper
 
 
 def mean(measurements: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -83,3 +83,12 @@ def test_bootstrap_of_a_measurement_that_is_no_number_has_no_limits() -> None:
 def test_rounding_for_a_report() -> None:
     interval = bootstrap(mean, [[1 / 3], [1 / 3]], 0.95)
     assert interval.rounded(3) == {"value": 0.333, "lower": 0.333, "upper": 0.333}
+
+
+def test_quantile_is_of_all_measurements_and_its_limits_of_whole_blocks() -> None:
+    """Two kinds of block, few of the large: without any of them in a sample, the quantile is the others'."""
+    small, large = [0.0] * 90 + [1.0] * 10, [0.0] * 90 + [5.0] * 10
+    even = bootstrap_quantile(0.95, [small] * 40, 0.95)
+    assert even == (1.0, 1.0, 1.0)
+    mixed = bootstrap_quantile(0.95, [small] * 20 + [large] * 20, 0.95)
+    assert (mixed.lower, mixed.upper) == (1.0, 5.0)
