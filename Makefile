@@ -22,7 +22,7 @@ chat: setup ## talk to the storyteller in the terminal
 serve: setup ## serve the OpenAI-compatible HTTP interface on HOST and PORT
 	@EMERALD_BUILD=$${EMERALD_BUILD:-build/$(CONFIG)} $(RUN) -m serving serve
 
-test: setup ## run the tests (under 15 minutes on 2 cores)
+test: setup ## run the tests (about a quarter of an hour on 2 cores)
 	@$(RUN) -m pytest tests --ignore=tests/resilience $(ARGS)
 
 ARM_KERNEL_TESTS := tests/model/test_int4_linear.py tests/model/test_cpu.py

@@ -1,4 +1,4 @@
-"""The quantized matrices of each layer in turn, fitted to what its inputs are when all before it is quantized already.
+"""The quantized matrices of each layer in turn, fitted to what its inputs are once all layers before it are quantized.
 
 Text goes through the network layer by layer. Each of a layer's four products is quantized by the inputs it gets from
 what precedes it as quantized, so that later roundings make up for earlier ones.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.artifact import read_json, write_json, write_manifest
 from model.checkpoint import SafetensorsCheckpoint
+from model.errors import InputError
 from model.networks import EMBEDDING, HEAD, source_of
 from model.quantization import Quantized, check_finite, pack_nibbles, quantization_error, quantize
 from model.recipe import Recipe
@@ -24,7 +25,10 @@ def run(config: Recipe, text: Path, checkpoint_folder: Path, int4: Path, report:
     checkpoint = SafetensorsCheckpoint(checkpoint_folder)
     layers: Iterator[dict[str, Quantized]] = iter(())
     if config.method != "search":
-        layers = calibrated_layers(checkpoint, config, text_windows(text, Tokenizer.load(checkpoint_folder), WINDOW))
+        windows = text_windows(text, Tokenizer.load(checkpoint_folder), WINDOW)
+        if not windows:
+            raise InputError(f"{text}: not one window of {WINDOW} tokens to calibrate with; give more text")
+        layers = calibrated_layers(checkpoint, config, windows)
     int4.mkdir()
     errors: dict[str, dict[str, float]] = {}
     with torch.inference_mode():

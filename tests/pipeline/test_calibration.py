@@ -10,6 +10,7 @@ from torch import Tensor
 import model.llama
 import pipeline.quantize
 from model.checkpoint import SafetensorsCheckpoint
+from model.errors import InputError
 from model.int4_linear import Weight
 from model.llama import sequence_logits
 from model.networks import Int4Folder, float_network, layer_names, quantized_network
@@ -90,3 +91,10 @@ def test_the_same_run_gives_the_same_bytes(checkpoint: Path, tmp_path: Path) -> 
     recipe = replace(RECIPE, method="gptq")
     first, second = (quantized(checkpoint, recipe, tmp_path / name) for name in ("first", "second"))
     assert first.manifest["files"] == second.manifest["files"]
+
+
+def test_too_little_text_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Oz")
+    with pytest.raises(InputError, match=r"text\.txt: not one window of 256 tokens to calibrate with; give more text"):
+        pipeline.quantize.run(RECIPE, tmp_path / "text.txt", checkpoint, tmp_path / "int4", tmp_path / "report.json")
+    assert not (tmp_path / "int4").exists()
