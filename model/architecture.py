@@ -53,13 +53,10 @@ class Architecture:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor a checkpoint of this architecture holds, by its Hugging Face name, with its shape."""
+        """Every tensor a checkpoint of this architecture holds, by its Hugging Face name, with its shape, in order."""
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab, self.hidden),
-            "model.norm.weight": (self.hidden,),
         }
-        if not self.tied_head:
-            shapes["lm_head.weight"] = (self.vocab, self.hidden)
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}."
             query_rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -74,6 +71,9 @@ class Architecture:
                 prefix + "mlp.up_proj.weight": (self.mlp, self.hidden),
                 prefix + "mlp.down_proj.weight": (self.hidden, self.mlp),
             }
+        shapes["model.norm.weight"] = (self.hidden,)
+        if not self.tied_head:
+            shapes["lm_head.weight"] = (self.vocab, self.hidden)
         return shapes
 
     def to_dict(self) -> dict[str, Any]:

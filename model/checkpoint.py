@@ -18,14 +18,20 @@ from model.architecture import Architecture
 from model.artifact import read_json
 from model.errors import InputError
 
+INDEX = "model.safetensors.index.json"
+
+EVERY = slice(None)
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""Of safetensors' types, those that float weights have."""
+
 
 class Checkpoint(Protocol):
     """Where float weights come from."""
 
     architecture: Architecture
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor of that Hugging Face name, read now. Raises InputError if it cannot be read."""
+    def tensor(self, name: str, rows: slice = EVERY) -> Tensor:
+        """The tensor of that Hugging Face name, or some of its rows, read now. Raises InputError if it cannot be."""
 
 
 class SafetensorsCheckpoint:
@@ -33,23 +39,18 @@ class SafetensorsCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.architecture = Architecture.from_config_json(
-            read_json(folder / "config.json"), str(folder / "config.json")
-        )
+        self.architecture = declared_architecture(folder)
         self._file_of = {name: file for file in self._files() for name in _tensor_names(file)}
-        self._check_shapes()
+        check_names(folder, self.architecture, {name: str(file) for name, file in self._file_of.items()})
+        for file in sorted(set(self._file_of.values())):
+            check_shapes(file, folder, self.architecture)
 
-    def tensor(self, name: str) -> Tensor:
-        with _open(self._file_of[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+    def tensor(self, name: str, rows: slice = EVERY) -> Tensor:
+        return read_tensor(self._file_of[name], name, rows)
 
     def _files(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        else:
-            names = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        index = self.folder / INDEX
+        names = sorted(set(weight_map(index).values() if index.exists() else self._found()))
         if not names:
             pickles = sorted(path.name for pattern in ("*.bin", "*.pth") for path in self.folder.glob(pattern))
             also = f" ({pickles[0]} is a pickle, which is never read)" if pickles else ""
@@ -59,23 +60,70 @@ class SafetensorsCheckpoint:
                 raise InputError(f"{self.folder / name}: missing, but {index.name} lists it; download it again")
         return [self.folder / name for name in names]
 
-    def _check_shapes(self) -> None:
-        config = self.folder / "config.json"
-        for name, expected in self.architecture.tensor_shapes().items():
-            if name not in self._file_of:
-                raise InputError(f"{config} declares tensor {name}, and no file in {self.folder} holds it")
-            with _open(self._file_of[name]) as file:
-                found = tuple(file.get_slice(name).get_shape())
-            if found != expected:
-                raise InputError(
-                    f"{self._file_of[name]}: tensor {name} is {list(found)}, but {config} says {list(expected)}; "
-                    "use the config.json that belongs to these weights"
-                )
-        extra = sorted(name for name in self._file_of if name.endswith(".bias"))
-        if extra:
+    def _found(self) -> list[str]:
+        return [path.name for path in self.folder.glob("*.safetensors")]
+
+
+def declared_architecture(folder: Path) -> Architecture:
+    """What config.json says."""
+    config = folder / "config.json"
+    return Architecture.from_config_json(read_json(config), str(config))
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Every tensor's file, from a model.safetensors.index.json."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise InputError(f"{index}: no weight_map of tensors to files; fetch it again")
+    return found
+
+
+def check_names(folder: Path, architecture: Architecture, file_of: Mapping[str, str]) -> None:
+    """Raises InputError unless the files of a folder hold every tensor of the architecture, and no bias."""
+    for name in architecture.tensor_shapes():
+        if name not in file_of:
+            raise InputError(f"{folder / 'config.json'} declares tensor {name}, and no file in {folder} holds it")
+    extra = sorted(name for name in file_of if name.endswith(".bias"))
+    if extra:
+        raise InputError(f"{file_of[extra[0]]}: tensor {extra[0]}: Llama has no biases; this is another network")
+
+
+def check_shapes(file: Path, folder: Path, architecture: Architecture) -> None:
+    """Raises InputError if a tensor in a file has not the shape that the folder's config.json gives it."""
+    config, expected = folder / "config.json", architecture.tensor_shapes()
+    with _open(file) as opened:
+        held = set(opened.keys())
+        found = {name: tuple(opened.get_slice(name).get_shape()) for name in expected if name in held}
+    for name, shape in found.items():
+        if shape != expected[name]:
             raise InputError(
-                f"{self._file_of[extra[0]]}: tensor {extra[0]}: Llama has no biases; this is another network"
+                f"{file}: tensor {name} is {list(shape)}, but {config} says {list(expected[name])}; "
+                "use the config.json that belongs to these weights"
             )
+
+
+def read_tensor(file: Path, name: str, rows: slice = EVERY) -> Tensor:
+    """One tensor of a safetensors file that was opened before, or some of its rows.
+
+    Read and not mapped: a mapping would keep the space of a file that is deleted while a tensor is still in use.
+    """
+    start, header = _header(file)
+    entry = header[name]
+    if entry["dtype"] not in DTYPES:
+        raise InputError(f"{file}: tensor {name} is of type {entry['dtype']}; supported are {', '.join(DTYPES)}")
+    first, last, _ = rows.indices(entry["shape"][0])
+    shape, dtype = (max(last - first, 0), *entry["shape"][1:]), DTYPES[entry["dtype"]]
+    tensor = torch.empty(shape, dtype=dtype)
+    place = start + entry["data_offsets"][0] + first * dtype.itemsize * torch.Size(shape[1:]).numel()
+    left = memoryview(tensor.view(torch.uint8).numpy().data).cast("B")
+    with file.open("rb", buffering=0) as opened:
+        opened.seek(place)
+        while left:
+            count = opened.readinto(left)
+            if not count:
+                raise InputError(f"{file}: ends within tensor {name}; fetch it again")
+            left = left[count:]
+    return tensor
 
 
 class GgufCheckpoint:
@@ -92,14 +140,14 @@ class GgufCheckpoint:
         self.architecture = self._architecture()
         self._check_shapes()
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, rows: slice = EVERY) -> Tensor:
         stored = self._tensors[self._gguf_name(name)]
         values = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))
         heads = {"q_proj": self.architecture.heads, "k_proj": self.architecture.kv_heads}
         for projection, count in heads.items():
             if projection in name:
-                values = _interleaved_to_halves(values, count)
-        return values.to(torch.bfloat16)
+                values = interleaved_to_halves(values, count)
+        return values[rows].to(torch.bfloat16)
 
     def _architecture(self) -> Architecture:
         kind = self.fields.get("general.architecture")
@@ -171,13 +219,18 @@ def _open(path: Path) -> Any:
 def _size_found(path: Path) -> str:
     """What the header promises against what is on disk, when the header can be read."""
     try:
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            header: Mapping[str, Any] = json.loads(file.read(header_bytes))
+        start, header = _header(path)
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        return f"{path.stat().st_size} bytes found, {8 + header_bytes + max(ends)} expected; "
+        return f"{path.stat().st_size} bytes found, {start + max(ends)} expected; "
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
         return ""
+
+
+def _header(path: Path) -> tuple[int, Mapping[str, Any]]:
+    """Where a safetensors file's data starts, and what its header says of every tensor."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return 8 + size, json.loads(file.read(size))
 
 
 def _tensor_names(path: Path) -> list[str]:
@@ -185,10 +238,16 @@ def _tensor_names(path: Path) -> list[str]:
         return list(file.keys())
 
 
-def _interleaved_to_halves(weight_OI: Tensor, heads: int) -> Tensor:
-    """llama.cpp stores rotary pairs (0, 1), (2, 3)…; Hugging Face stores (0, H/2), (1, H/2 + 1)…"""
+def interleaved_to_halves(weight_OI: Tensor, heads: int) -> Tensor:
+    """Meta and llama.cpp store rotary pairs (0, 1), (2, 3)…; Hugging Face stores (0, H/2), (1, H/2 + 1)…"""
     halves: Tensor = weight_OI.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
     return halves
+
+
+def halves_to_interleaved(weight_OI: Tensor, heads: int) -> Tensor:
+    """The inverse of `interleaved_to_halves`."""
+    pairs: Tensor = weight_OI.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return pairs
 
 
 def _shortest_float(value: float) -> float:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from model.architecture import Architecture
 from model.errors import InputError
 from model.kv_cache import PAGE, Pages, Place, TokenSequence, new_caches
 from model.llama import Model, rotary_table
@@ -87,6 +88,11 @@ class Engine:
         engine = cls(model, Tokenizer.load(folder), model.manifest["context"], sequences)
         engine.model_id = model.manifest["model_id"]
         return engine
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's sizes."""
+        return self._model.architecture
 
     @property
     def bytes_per_token(self) -> int:

@@ -33,11 +33,15 @@ SHIMS = {
 
 def build(family: str, folder: Path) -> None:
     """Compiles `kernels.so` for a CPU family into `folder`. Needs g++."""
+    torch_libraries = Path(torch.__file__).parent / "lib"  # already in the process when the kernels are loaded
+    compile_library(SOURCE, family, folder / KERNELS, f"-L{torch_libraries}", "-ltorch_cpu")
+
+
+def compile_library(source: Path, family: str, library: Path, *link: str) -> None:
+    """Compiles a C++ file for a CPU family. Needs g++."""
     flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"]
     quiet = ["-fno-trapping-math", "-Wno-psabi"]
-    torch_libraries = Path(torch.__file__).parent / "lib"  # already in the process when the kernels are loaded
-    link = [f"-L{torch_libraries}", "-ltorch_cpu"]
-    command = [compiler(), *flags, *quiet, *compiler_flags(family), str(SOURCE), *link, "-o", str(folder / KERNELS)]
+    command = [compiler(), *flags, *quiet, *compiler_flags(family), str(source), *link, "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -79,7 +83,7 @@ def declare() -> dict[Any, list[str]]:
 def _int4_linear(x_TI: Tensor, packed: Tensor, group: int, inputs: int, outputs: int) -> Tensor:
     assert x_TI.dtype == torch.float32, x_TI.dtype
     x_TI, y_TO = x_TI.contiguous(), x_TI.new_empty(x_TI.shape[0], outputs)
-    _call("emerald_int4_linear", x_TI, packed, x_TI.shape[0], group, inputs, outputs, y_TO)
+    call(ctypes.CDLL(None), "emerald_int4_linear", x_TI, packed, x_TI.shape[0], group, inputs, outputs, y_TO)
     return y_TO
 
 
@@ -90,15 +94,20 @@ def _paged_attention(
     heads = qkv.shape[1] // dim - 2 * kv_heads
     out = qkv.new_empty(tokens, heads * dim)
     tensors = (qkv.contiguous(), rotary.contiguous(), positions, rows, tables, keys, values)
-    _call("emerald_paged_attention", *tensors, tokens, heads, kv_heads, dim, tables.shape[1], out)
+    call(ctypes.CDLL(None), "emerald_paged_attention", *tensors, tokens, heads, kv_heads, dim, tables.shape[1], out)
     return out
 
 
-def _call(name: str, *arguments: Tensor | int) -> None:
-    """Calls a C function of the loaded kernels with pointers to tensors' data and 64-bit integers."""
-    values = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-    kinds = [ctypes.c_void_p if isinstance(argument, Tensor) else ctypes.c_int64 for argument in arguments]
-    getattr(ctypes.CDLL(None), name)(*(kind(value) for kind, value in zip(kinds, values, strict=True)))
+def call(library: ctypes.CDLL, name: str, *arguments: Tensor | int | None) -> None:
+    """Calls a C function with pointers to tensors' data, or null, and 64-bit integers."""
+    getattr(library, name)(
+        *(
+            ctypes.c_int64(argument)
+            if isinstance(argument, int)
+            else ctypes.c_void_p(None if argument is None else argument.data_ptr())
+            for argument in arguments
+        )
+    )
 
 
 OPERATORS: dict[str, tuple[str, Callable[..., Tensor]]] = {

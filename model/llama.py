@@ -155,6 +155,13 @@ class Model(Protocol):
         """Logits [T, V]."""
 
 
+class HeadWeights(NamedTuple):
+    """The output head, or some rows of it."""
+
+    norm: Tensor
+    weight: Weight
+
+
 class Network:
     """One model, computed eagerly.
 
@@ -167,18 +174,17 @@ class Network:
         architecture: Architecture,
         embed: Callable[[Tensor], Tensor],
         layers: Sequence[LayerWeights],
-        norm: Tensor,
-        head: Sequence[Weight],
+        head: Sequence[HeadWeights],
         kv_dtype: torch.dtype,
     ) -> None:
         self.architecture = architecture
         self.kv_dtype = kv_dtype
         self.layers, self.head_parts = layers, head
-        self._embed, self._norm = embed, norm
+        self._embed = embed
 
     @property
     def bytes_per_token(self) -> int:
-        return sum(tensor.nbytes for tensor in _tensors([*self.layers, self._norm, *self.head_parts]))
+        return sum(tensor.nbytes for tensor in _tensors([*self.layers, *self.head_parts]))
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         return self._embed(tokens_T)
@@ -187,7 +193,7 @@ class Network:
         return decoder_layer(x_TD, place, cache, self.layers[index], self.architecture.norm_eps)
 
     def head(self, x_TD: Tensor) -> Tensor:
-        parts = [output_head(x_TD, self._norm, part, self.architecture.norm_eps) for part in self.head_parts]
+        parts = [output_head(x_TD, *part, self.architecture.norm_eps) for part in self.head_parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 

@@ -17,9 +17,9 @@ from model.architecture import Architecture
 from model.artifact import read_manifest
 from model.checkpoint import Checkpoint
 from model.int4_linear import Dense, Packing, Weight, pack
-from model.llama import LayerWeights, Network
+from model.llama import HeadWeights, LayerWeights, Network
 from model.quantization import Quantized, unpack_nibbles
-from model.shards import shard_files
+from model.shards import stored_names
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -42,10 +42,7 @@ class Int4Folder:
         self.manifest = read_manifest(folder, "int4")
         self.folder = folder
         self.architecture = Architecture.from_dict(self.manifest["architecture"])
-        self._file_of: dict[str, Path] = {}
-        for path in shard_files(folder):
-            with safe_open(path, framework="pt") as file:
-                self._file_of |= dict.fromkeys(file.keys(), path)
+        self._file_of = stored_names(folder)
 
     @property
     def names(self) -> frozenset[str]:
@@ -92,7 +89,9 @@ def float_network(checkpoint: Checkpoint, dtype: torch.dtype, *, streamed: bool 
     arch = checkpoint.architecture
 
     def read(name: str, rows: Rows = EVERY) -> Tensor:
-        return checkpoint.tensor(source_of(name, arch))[rows].to(dtype)
+        source = source_of(name, arch)
+        tensor = checkpoint.tensor(source, rows) if isinstance(rows, slice) else checkpoint.tensor(source)[rows]
+        return tensor.to(dtype)
 
     return _eager_network(_Weights(arch, read, read, lambda name, rows: Dense(read(name, rows))), dtype, streamed)
 
@@ -120,14 +119,14 @@ def quantized_network(
 
 
 def _eager_network(weights: _Weights, kv_dtype: torch.dtype, streamed: bool) -> Network:
-    arch, norm = weights.architecture, weights.tensor(NORM)
+    arch = weights.architecture
     layers = _Read(arch.layers, lambda layer: _layer(weights, layer))
     if streamed:
         parts = [slice(first, first + HEAD_ROWS) for first in range(0, arch.vocab, HEAD_ROWS)]
-        head = _Read(len(parts), lambda part: weights.matrix(HEAD, parts[part]))
-        return Network(arch, lambda tokens_T: weights.rows(EMBEDDING, tokens_T), layers, norm, head, kv_dtype)
-    table = weights.rows(EMBEDDING, EVERY)
-    return Network(arch, table.__getitem__, list(layers), norm, [weights.matrix(HEAD, EVERY)], kv_dtype)
+        head = _Read(len(parts), lambda part: HeadWeights(weights.tensor(NORM), weights.matrix(HEAD, parts[part])))
+        return Network(arch, lambda tokens_T: weights.rows(EMBEDDING, tokens_T), layers, head, kv_dtype)
+    table, whole = weights.rows(EMBEDDING, EVERY), HeadWeights(weights.tensor(NORM), weights.matrix(HEAD, EVERY))
+    return Network(arch, table.__getitem__, list(layers), [whole], kv_dtype)
 
 
 class _Read(Sequence[Any]):

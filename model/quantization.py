@@ -1,9 +1,4 @@
-"""Symmetric int4 and int8 weights: a search for scales, by the weights alone or by what their errors do to products.
-
-Round-to-nearest with scale amax/7 wastes levels: most groups have one outlier and a mass near zero. Instead every
-group tries scales s = ±f * amax / 7.5 for f in 0.5..1.15, rounds, refits s by least squares (s = Σwk / Σk²), and
-keeps the s with the least squared error. A negative scale is worth trying because int4 is lopsided (-8..7): it
-decides which tail gets the extra level.
+"""Symmetric int4 and int8 weights: values, one scale per group, and how far they are from the weights they stand for.
 
 Shape letters: O outputs, I inputs, G groups per row, E elements per group.
 """
@@ -14,13 +9,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
+from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine
 
 from model.errors import InputError
 from model.int4_linear import EIGHT_BIT_RANGE
+from model.scale_search import search_scales
 
-CHUNK_ELEMENTS = 1 << 20
-"""Rows are quantized in chunks of about this many weights, so that the temporaries stay in cache."""
+CHUNK_ELEMENTS = 1 << 18
+"""Matrices are worked on in rows of about this many weights together, so that the temporaries stay in cache."""
 
 
 class Quantized(NamedTuple):
@@ -36,9 +32,11 @@ class Quantized(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, I] these values stand for."""
-        values_OGE = self.values.unflatten(1, (-1, self.group)).to(dtype)
-        weight: Tensor = (values_OGE * self.scales[:, :, None].to(dtype)).flatten(1)
-        return weight
+        weight_OI = torch.empty(self.values.shape, dtype=dtype)
+        for rows in _row_chunks(*self.values.shape):
+            values_OGE = self.values[rows].unflatten(1, (-1, self.group)).to(dtype)
+            weight_OI[rows] = (values_OGE * self.scales[rows, :, None].to(dtype)).flatten(1)
+        return weight_OI
 
 
 class QuantizationError(NamedTuple):
@@ -65,9 +63,8 @@ def quantize(
     values_OI = torch.empty(weight_OI.shape, dtype=torch.int8)
     low, high = (-8, 7) if bits == 4 else EIGHT_BIT_RANGE
     for rows in _row_chunks(*weight_OI.shape):
-        scales = scales_OG[rows].float()
-        zero = torch.zeros(scales.shape, dtype=torch.int32)
-        values_OI[rows] = quantize_affine(weight_OI[rows].float(), (1, group), scales, zero, torch.int8, low, high)
+        w_OGE = weight_OI[rows].float().unflatten(1, (-1, group))
+        values_OI[rows] = (w_OGE / scales_OG[rows, :, None].float()).round_().clamp_(low, high).flatten(1)
     return Quantized(values_OI, scales_OG, bits)
 
 
@@ -90,35 +87,10 @@ def chosen_scales(
 
 def check_finite(name: str, weight: Tensor) -> None:
     """Raises InputError naming the tensor if it holds a NaN or an infinity."""
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
+    chunks = weight.flatten().split(CHUNK_ELEMENTS)
+    if not all(math.isfinite(end) for chunk in chunks for end in chunk.aminmax()):
+        bad = sum(int((~torch.isfinite(chunk)).sum()) for chunk in chunks)
         raise InputError(f"tensor {name}: {bad} of {weight.numel()} weights are NaN or infinite; fetch it again")
-
-
-def search_scales(weight_OI: Tensor, group: int, steps: int, energy_I: Tensor | None = None) -> Tensor:
-    """The least-squares int4 scale of every group, [O, G] float32, possibly negative; see the module's text.
-
-    After refitting, the squared error, weighted with h = `energy_I` or 1, is Σhw² - (Σhwk)² / Σhk², so the best
-    candidate has the largest (Σhwk)² / Σhk².
-    """
-    w_OGE = weight_OI.unflatten(1, (-1, group))
-    h_GE = None if energy_I is None else energy_I.float().view(-1, group)
-    weighted_OGE = w_OGE if h_GE is None else w_OGE * h_GE
-    reach_OG1 = w_OGE.abs().amax(dim=2, keepdim=True) / 7.5
-    best_gain = torch.full(reach_OG1.shape[:2], -1.0)
-    best_scale = torch.zeros(reach_OG1.shape[:2])
-    for factor in torch.linspace(0.5, 1.15, steps).tolist():
-        for sign in (1.0, -1.0):
-            inverse_OG1 = torch.where(reach_OG1 > 0, sign / (factor * reach_OG1), 0.0)
-            k_OGE = (w_OGE * inverse_OG1).round_().clamp_(-8, 7)
-            dot = (weighted_OGE * k_OGE).sum(dim=2)
-            squares_OGE = k_OGE.square_() if h_GE is None else k_OGE.square_().mul_(h_GE)
-            energy = squares_OGE.sum(dim=2)
-            gain = torch.where(energy > 0, dot.square() / energy, 0.0)
-            better = gain > best_gain
-            best_gain = torch.where(better, gain, best_gain)
-            best_scale = torch.where(better & (energy > 0), dot / energy, best_scale)
-    return best_scale
 
 
 def quantization_error(weight_OI: Tensor, quantized: Quantized) -> QuantizationError:
@@ -137,8 +109,11 @@ def quantization_error(weight_OI: Tensor, quantized: Quantized) -> QuantizationE
 
 def pack_nibbles(values_OI: Tensor) -> Tensor:
     """int4 values to the portable form on disk: bytes [O, I/2] of value + 8, element 2i in the low nibble."""
-    nibbles: Tensor = (values_OI + 8).to(torch.uint8).unflatten(1, (-1, 2))
-    return (nibbles[..., 0] | (nibbles[..., 1] << 4)).contiguous()
+    packed = torch.empty(len(values_OI), values_OI.shape[1] // 2, dtype=torch.uint8)
+    for rows in _row_chunks(*values_OI.shape):
+        nibbles = (values_OI[rows] + 8).view(torch.uint8).unflatten(1, (-1, 2))
+        packed[rows] = nibbles[..., 0] | (nibbles[..., 1] << 4)
+    return packed
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:

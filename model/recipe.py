@@ -21,8 +21,10 @@ class Recipe(Checked):
     method: Literal["search", "weighted-search", "gptq"] = "search"
     """How the layers' int4 is found: the scales with the least error of weights; of products with calibration inputs,
     counting each input by its energy; or those scales, and roundings that make up for each other (`model.gptq`)."""
+    calibration_tokens: Annotated[int, Range(256)] = 16384
+    """Most tokens of the calibration text that are read, in whole windows."""
     search_steps: Annotated[int, Range(1, 64)] = 14
-    """Candidate scales tried per group and sign; see `model.quantization.search_scales`."""
+    """Candidate scales tried per group and sign; see `model.scale_search.search_scales`."""
 
     def group(self, inputs: int) -> int:
         """Inputs that share one scale in a row of `inputs`."""

@@ -7,23 +7,38 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-SHARD_BYTES = 512 << 20
+SHARD_BYTES = 256 << 20
 """A shard's size; also the most memory that writing holds."""
 
 
 def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, stem: str = "weights") -> dict[str, str]:
-    """Streams named tensors into `weights-00001.safetensors` and so on. Returns each tensor's file name."""
+    """Streams named tensors into `weights-00001.safetensors` and so on, after those that are there.
+
+    A shard is whole or is not there. Returns each tensor's file name.
+    """
     file_of: dict[str, str] = {}
-    for index, shard in enumerate(_group(tensors), start=1):
-        file = f"{stem}-{index:05d}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, folder / file, {"format": "pt"})
-        file_of |= dict.fromkeys(shard, file)
+    for index, shard in enumerate(_group(tensors), start=len(list(folder.glob(f"{stem}-*.safetensors"))) + 1):
+        path = folder / f"{stem}-{index:05d}.safetensors"
+        partial = path.with_suffix(".partial")
+        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, partial, {"format": "pt"})
+        partial.replace(path)
+        file_of |= dict.fromkeys(shard, path.name)
+        del shard  # or it would be held until the next is full
     return file_of
 
 
 def shard_files(folder: Path) -> list[Path]:
     """The shards of weights in a folder, in order."""
     return sorted(folder.glob("weights-*.safetensors"))
+
+
+def stored_names(folder: Path) -> dict[str, Path]:
+    """The file of every tensor in a folder's shards."""
+    file_of: dict[str, Path] = {}
+    for path in shard_files(folder):
+        with safe_open(path, framework="pt") as file:
+            file_of |= dict.fromkeys(file.keys(), path)
+    return file_of
 
 
 def read_shards(folder: Path) -> dict[str, Tensor]:
@@ -44,5 +59,8 @@ def _group(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]
             shard, held = {}, 0
         shard[name] = tensor
         held += tensor.nbytes
+        if held >= SHARD_BYTES:
+            yield shard
+            shard, held = {}, 0
     if shard:
         yield shard

@@ -22,7 +22,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 
 import pipeline.quantize
-from model.checkpoint import Checkpoint, SafetensorsCheckpoint
+from model.checkpoint import EVERY, Checkpoint, SafetensorsCheckpoint
 from model.networks import Int4Folder, float_network
 from model.recipe import Recipe
 from model.tokenizer import Tokenizer
@@ -57,8 +57,8 @@ class Rounded:
         self.architecture, self.seconds = checkpoint.architecture, 0.0
         self._checkpoint, self._rounding = checkpoint, rounding
 
-    def tensor(self, name: str) -> Tensor:
-        tensor = self._checkpoint.tensor(name)
+    def tensor(self, name: str, rows: slice = EVERY) -> Tensor:
+        tensor = self._checkpoint.tensor(name, rows)
         start = time.perf_counter()
         if ".layers." in name and tensor.dim() == 2:
             tensor = self._rounding(name, tensor)

@@ -7,8 +7,10 @@ Shape letters: T tokens, D hidden width, I inputs, O outputs.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
@@ -20,20 +22,45 @@ from model.networks import float_network, layer_names
 from model.quantization import Quantized, check_finite, quantize
 from model.recipe import Recipe
 
+STATES_KEPT = 4
+"""Layers that may be quantized and not yet on the disk: a shard of them and more."""
 WINDOW = 256
 """Tokens of the pieces that calibration text is read in."""
 
 
 def calibrated_layers(
-    checkpoint: Checkpoint, recipe: Recipe, windows: Sequence[Tensor]
+    checkpoint: Checkpoint, recipe: Recipe, windows: Sequence[Tensor], first: int, scratch: Path
 ) -> Iterator[dict[str, Quantized]]:
-    """Each layer's quantized matrices, by the checkpoint's names. Raises InputError as `quantize` does."""
-    network = float_network(checkpoint, torch.float32, streamed=True)
-    states = [network.embed(tokens) for tokens in windows]
-    for index, weights in enumerate(network.layers):
-        layer = _Layer(index, recipe, weights, network)
-        states = layer.quantize(states)
-        yield layer.quantized
+    """The quantized matrices of each layer from the `first` on, by the checkpoint's names.
+
+    What comes to the latest layers is kept in `scratch`, so that a run that was cut short need not begin again.
+    Raises InputError as `quantize` does.
+    """
+    # How large inputs are is seen well enough in bf16, at twice the speed; how they go together is not.
+    network = float_network(checkpoint, torch.float32 if recipe.method == "gptq" else torch.bfloat16, streamed=True)
+    if (saved := _states(scratch, first)).exists():
+        begin, states = first, list(load_file(saved)["states"])
+    else:
+        begin, states = 0, list(network.embed(torch.cat(list(windows))).split([len(tokens) for tokens in windows]))
+    for index in range(begin, len(network.layers)):
+        _save(states, scratch, index)
+        layer = _Layer(index, recipe, network.layers[index], network)
+        states, quantized = layer.quantize(states), layer.quantized
+        del layer  # its weights would be held until the next is asked for
+        if index >= first:
+            yield quantized
+
+
+def _save(states: Sequence[Tensor], scratch: Path, layer: int) -> None:
+    """Keeps what comes to a layer, and no longer what came to a layer long done."""
+    partial = scratch / "states.partial"
+    save_file({"states": torch.stack(list(states))}, partial)
+    partial.replace(_states(scratch, layer))
+    _states(scratch, layer - STATES_KEPT).unlink(missing_ok=True)
+
+
+def _states(scratch: Path, layer: int) -> Path:
+    return scratch / f"states-{layer:03d}.safetensors"
 
 
 class _Layer:
@@ -72,8 +99,8 @@ class _Layer:
             hessian_II = sum((x.T @ x for x in inputs[1:]), inputs[0].T @ inputs[0])
             whole = gptq(names[0], weight_OI, hessian_II, group, steps)
         else:
-            energy_I = torch.cat(list(inputs)).square().mean(dim=0)
+            energy_I = torch.stack([x.float().square().mean(dim=0) for x in inputs]).mean(dim=0)
             whole = quantize(names[0], weight_OI, 4, group, steps, energy_I)
         parts = zip(names, whole.values.split(sizes), whole.scales.split(sizes), strict=True)
         self.quantized |= {name: Quantized(values, scales, 4) for name, values, scales in parts}
-        return Dense(whole.dequantize())
+        return Dense(whole.dequantize(weight_OI.dtype))

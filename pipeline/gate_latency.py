@@ -7,15 +7,19 @@ take.
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from model.architecture import Architecture
 from model.artifact import manifest_digest
-from model.checkpoint import SafetensorsCheckpoint
+from model.checkpoint import EVERY
 from model.cpu import available_cores
 from model.engine import Engine
+from model.llama import Network
 from model.networks import float_network
 from model.tokenizer import Tokenizer
 from pipeline.bandwidth import read_bandwidth
@@ -24,6 +28,9 @@ from pipeline.progress import track
 from pipeline.statistics import Interval, bootstrap, column
 from pipeline.verdict import Check, write_report
 from pipeline.windows import text_windows
+
+HELD_BYTES = 4 << 30
+"""Of an unquantized model: far more than any cache, and what a machine can spare beside the engine."""
 
 
 class Compared(NamedTuple):
@@ -37,11 +44,11 @@ class Compared(NamedTuple):
     ttft_ratio: Interval
 
 
-def run(config: GateLatencyConfig, text: Path, checkpoint: Path, engine_folder: Path, report: Path) -> list[Check]:
+def run(config: GateLatencyConfig, text: Path, engine_folder: Path, report: Path) -> list[Check]:
     """Writes the report and returns the checks."""
     torch.set_num_threads(config.threads or available_cores())
     engine = Engine.load(engine_folder)
-    network = float_network(SafetensorsCheckpoint(checkpoint), torch.bfloat16)
+    network = unquantized_network(engine.architecture)
     unquantized = Engine(network, Tokenizer.load(engine_folder), engine.context)
     prompts = [window.tolist() for window in text_windows(text, engine.tokenizer, config.prompt_tokens)]
     compared = compare(engine, unquantized, prompts, config)
@@ -55,6 +62,33 @@ def run(config: GateLatencyConfig, text: Path, checkpoint: Path, engine_folder: 
     }
     write_report(report, "latency", checks, **facts, **_figures(compared, engine.bytes_per_token))
     return checks
+
+
+def unquantized_network(architecture: Architecture) -> Network:
+    """A bf16 network of that architecture, as good as the real one for timing: its weights are noise.
+
+    Of a large model some layers are held, and each stands for several.
+    """
+    sizes = {name: 2 * torch.Size(shape).numel() for name, shape in architecture.tensor_shapes().items()}
+    layer = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
+    others = sum(sizes.values()) - layer * architecture.layers
+    held = min(architecture.layers, max(1, (HELD_BYTES - others) // layer))
+    network = float_network(Noise(replace(architecture, layers=held)), torch.bfloat16)
+    layers = [network.layers[index % held] for index in range(architecture.layers)]
+    return Network(architecture, network.embed, layers, network.head_parts, torch.bfloat16)
+
+
+class Noise:
+    """A checkpoint of random weights."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture = architecture
+        self._noise = (0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
+
+    def tensor(self, name: str, rows: slice = EVERY) -> Tensor:
+        shape = self.architecture.tensor_shapes()[name]
+        times = -(-torch.Size(shape).numel() // len(self._noise))
+        return self._noise.repeat(times)[: torch.Size(shape).numel()].view(shape)[rows]
 
 
 def compare(engine: Engine, unquantized: Engine, prompts: list[list[int]], config: GateLatencyConfig) -> Compared:

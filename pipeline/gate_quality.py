@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from model.artifact import manifest_digest
-from model.checkpoint import SafetensorsCheckpoint
 from model.errors import InputError
 from model.llama import Network, through_layer
 from model.networks import Int4Folder, float_network, quantized_network
 from model.tokenizer import Tokenizer
 from pipeline.configs import GateQualityConfig
+from pipeline.hub_checkpoint import open_checkpoint
 from pipeline.progress import track
 from pipeline.statistics import Interval, bootstrap, bootstrap_quantile, column
 from pipeline.verdict import Check, write_report
@@ -40,9 +40,10 @@ def run(
         raise InputError(
             f"{text}: {len(windows)} windows of {config.window_tokens} tokens; give more text or less per window"
         )
-    reference = float_network(SafetensorsCheckpoint(checkpoint), torch.float32, streamed=True)
     quantized = quantized_network(Int4Folder(int4), as_served=True, streamed=True)
-    compared = compare(reference, read_through(reference, windows), quantized, windows)
+    with open_checkpoint(checkpoint) as opened:
+        reference = float_network(opened, torch.float32, streamed=True)
+        compared = compare(reference, read_through(reference, windows), quantized, windows)
     quality = quality_of(compared, config.confidence)
     checks = [
         Check(
@@ -103,7 +104,7 @@ def quality_of(compared: Sequence[Tensor], confidence: float) -> Quality:
 def read_through(network: Network, windows: Sequence[Tensor]) -> list[Tensor]:
     """What the last layer gives [T, D] for every window; of a streamed network one layer is in memory at a time."""
     with torch.inference_mode():
-        states = [network.embed(tokens) for tokens in windows]
+        states = list(network.embed(torch.cat(list(windows))).split([len(tokens) for tokens in windows]))
         for weights in track(network.layers, "reading through layers"):
             states = [through_layer(network, weights, x_TD) for x_TD in states]
     return states

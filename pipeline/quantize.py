@@ -8,31 +8,32 @@ import torch
 from torch import Tensor
 
 from model.artifact import read_json, write_json, write_manifest
-from model.checkpoint import SafetensorsCheckpoint
+from model.checkpoint import Checkpoint
 from model.errors import InputError
-from model.networks import EMBEDDING, HEAD, source_of
+from model.networks import EMBEDDING, HEAD, layer_names, source_of
 from model.quantization import Quantized, check_finite, pack_nibbles, quantization_error, quantize
 from model.recipe import Recipe
-from model.shards import write_shards
+from model.shards import stored_names, write_shards
 from model.tokenizer import Tokenizer
 from pipeline.calibration import WINDOW, calibrated_layers
+from pipeline.hub_checkpoint import open_checkpoint
 from pipeline.progress import track
 from pipeline.windows import text_windows
 
 
 def run(config: Recipe, text: Path, checkpoint_folder: Path, int4: Path, report: Path) -> None:
-    """Writes the portable int4 folder (kind "int4") and the report of errors. `text` is for recipes that calibrate."""
-    checkpoint = SafetensorsCheckpoint(checkpoint_folder)
-    layers: Iterator[dict[str, Quantized]] = iter(())
-    if config.method != "search":
-        windows = text_windows(text, Tokenizer.load(checkpoint_folder), WINDOW)
-        if not windows:
-            raise InputError(f"{text}: not one window of {WINDOW} tokens to calibrate with; give more text")
-        layers = calibrated_layers(checkpoint, config, windows)
-    int4.mkdir()
-    errors: dict[str, dict[str, float]] = {}
-    with torch.inference_mode():
-        write_shards(_quantized(checkpoint, config, layers, errors), int4)
+    """Writes the portable int4 folder (kind "int4") and the report of errors. `text` is for recipes that calibrate.
+
+    Goes on from the shards that an earlier run has left in `int4`.
+    """
+    windows = [] if config.method == "search" else _calibration(config, text, checkpoint_folder)
+    int4.mkdir(exist_ok=True)
+    errors = _Errors(report.with_suffix(".partial.json"))
+    with open_checkpoint(checkpoint_folder) as checkpoint, torch.inference_mode():
+        tensors = _Tensors(config, checkpoint, frozenset(stored_names(int4)), errors)
+        if windows:
+            tensors.layers = calibrated_layers(checkpoint, config, windows, tensors.first_layer, report.parent)
+        write_shards(tensors.stream(), int4)
     for name in ("tokenizer.json", "chat.json"):
         shutil.copyfile(checkpoint_folder / name, int4 / name)
     source = read_json(checkpoint_folder / "source.json")
@@ -40,31 +41,69 @@ def run(config: Recipe, text: Path, checkpoint_folder: Path, int4: Path, report:
     weights = sum(torch.Size(shape).numel() for shape in checkpoint.architecture.tensor_shapes().values())
     facts = {**source, "recipe": vars(config), "bits_per_weight": round(8 * stored / weights, 4)}
     write_manifest(int4, "int4", facts)
-    write_json(report, {"recipe": vars(config), "bits_per_weight": facts["bits_per_weight"], "tensors": errors})
+    write_json(report, {"recipe": vars(config), "bits_per_weight": facts["bits_per_weight"], "tensors": errors.found})
 
 
-def _quantized(
-    checkpoint: SafetensorsCheckpoint,
-    recipe: Recipe,
-    layers: Iterator[dict[str, Quantized]],
-    errors: dict[str, dict[str, float]],
-) -> Iterator[tuple[str, Tensor]]:
-    """The stream of stored tensors; fills `errors` on the way. `layers`: those that are fitted to text, in order."""
-    fitted: dict[str, Quantized] = {}
-    arch = checkpoint.architecture
-    names = [*arch.tensor_shapes(), *([HEAD] if arch.tied_head else [])]
-    for name in track(names, "quantizing"):
-        weight = checkpoint.tensor(source_of(name, arch))
+def _calibration(recipe: Recipe, text: Path, tokenizer: Path) -> list[Tensor]:
+    windows = text_windows(text, Tokenizer.load(tokenizer), WINDOW)
+    if not windows:
+        raise InputError(f"{text}: not one window of {WINDOW} tokens to calibrate with; give more text")
+    return windows[: max(1, recipe.calibration_tokens // WINDOW)]
+
+
+class _Errors:
+    """The error of every tensor, kept in a file for a run that resumes."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.found: dict[str, dict[str, float]] = read_json(file) if file.exists() else {}
+
+    def add(self, name: str, weight: Tensor, quantized: Quantized) -> None:
+        self.found[name] = quantization_error(weight, quantized)._asdict()
+        write_json(self._file, self.found)
+
+
+class _Tensors:
+    """What is still to be stored, one tensor after the other in the order of the network."""
+
+    def __init__(self, recipe: Recipe, checkpoint: Checkpoint, done: frozenset[str], errors: _Errors) -> None:
+        self._recipe, self._checkpoint, self._errors = recipe, checkpoint, errors
+        arch = checkpoint.architecture
+        self._names = [*arch.tensor_shapes(), *([HEAD] if arch.tied_head else [])]
+        self._done = done
+        self._fitted: dict[str, Quantized] = {}
+        self.layers: Iterator[dict[str, Quantized]] = iter(())
+        """Those that are fitted to text, from the first that is not done."""
+
+    @property
+    def first_layer(self) -> int:
+        """The first of which something is missing."""
+        layers = range(self._checkpoint.architecture.layers)
+        names = {layer: [name for parts in layer_names(layer).values() for name in parts] for layer in layers}
+        return next((layer for layer in layers if any(self._missing(name) for name in names[layer])), len(layers))
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        for name in track(self._names, "quantizing"):
+            if self._missing(name):
+                yield from ((part, tensor) for part, tensor in self._stored(name) if part not in self._done)
+
+    def _missing(self, name: str) -> bool:
+        return not (name in self._done or {f"{name}.values", f"{name}.scales"} <= self._done)
+
+    def _stored(self, name: str) -> list[tuple[str, Tensor]]:
+        recipe = self._recipe
+        weight = self._checkpoint.tensor(source_of(name, self._checkpoint.architecture))
         bits = {EMBEDDING: recipe.embedding_bits, HEAD: recipe.head_bits}.get(name, 4)
         if weight.dim() == 1 or bits == 16:
             check_finite(name, weight)
-            yield name, weight
-            continue
+            return [(name, weight)]
         if name in (EMBEDDING, HEAD) or recipe.method == "search":
             quantized = quantize(name, weight, bits, recipe.group(weight.shape[1]), recipe.search_steps)
         else:
-            fitted = fitted or next(layers)
-            quantized = fitted.pop(name)
-        errors[name] = quantization_error(weight, quantized)._asdict()
-        yield f"{name}.values", pack_nibbles(quantized.values) if bits == 4 else quantized.values
-        yield f"{name}.scales", quantized.scales
+            while name not in self._fitted:
+                self._fitted = next(self.layers)
+            quantized = self._fitted.pop(name)
+        self._errors.add(name, weight, quantized)
+        del weight  # a head of 8B is a gigabyte
+        values = pack_nibbles(quantized.values) if bits == 4 else quantized.values
+        return [(f"{name}.values", values), (f"{name}.scales", quantized.scales)]

@@ -9,30 +9,12 @@ digests that huggingface_hub leaves beside its downloads.
 """
 
 import importlib.metadata
-import re
 from pathlib import Path
-
-import httpx2
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from model.artifact import file_digest
 from model.errors import InputError
+from pipeline.hub import SHA256, HubModel
 from pipeline.progress import say
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
-WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "LICENSE*", "USE_POLICY*", "NOTICE*"]
-UNWANTED = ["original/*", "onnx/*", "openvino/*"]
-"""Other copies of the same weights that model repositories carry."""
 
 
 def locate(source: str, sha256: str | None) -> Path:
@@ -43,7 +25,7 @@ def locate(source: str, sha256: str | None) -> Path:
     if kind == "folder":
         return _in_folder(Path(rest).expanduser().resolve(), sha256)
     if kind == "hub":
-        return _on_hub(source, rest)
+        return _in_folder(HubModel.parse(source).snapshot(weights=True), None)
     raise InputError(f"source {source!r}: expected package:NAME==VERSION:PATH, folder:PATH or hub:OWNER/NAME@REVISION")
 
 
@@ -103,42 +85,6 @@ def known_digests(folder: Path) -> dict[Path, tuple[str, str]]:
             raise InputError(f"{sums}: line {line!r} is not 'SHA256  NAME'; make it again with sha256sum")
         known[folder / name.strip().removeprefix("*")] = (digest, str(sums))
     return known
-
-
-def _on_hub(source: str, rest: str) -> Path:
-    repository, _, revision = rest.partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or not COMMIT.fullmatch(revision):
-        raise InputError(
-            f"source {source!r}: expected hub:OWNER/NAME@REVISION, the revision as a full commit hash of 40 digits, "
-            "since a branch may move"
-        )
-    page = f"{constants.ENDPOINT}/{repository}"
-    try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
-    except HFValidationError as fault:
-        raise InputError(f"source {source!r}: expected hub:OWNER/NAME@REVISION ({fault})") from fault
-    except GatedRepoError as fault:
-        raise InputError(
-            f"{repository} is gated and this token may not read it: ask for access at {page}, create a token with read "
-            "permission there, and set HF_TOKEN to it"
-        ) from fault
-    except RevisionNotFoundError as fault:
-        raise InputError(
-            f"{repository} has no revision {revision!r}: take a commit hash from {page}/commits/main"
-        ) from fault
-    except RepositoryNotFoundError as fault:
-        raise InputError(
-            f"{repository}: not found at {page}, or private: check the name; for a private or gated model set HF_TOKEN"
-        ) from fault
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, httpx2.TransportError) as fault:
-        raise InputError(
-            f"the hub at {constants.ENDPOINT} cannot be reached and {repository}@{revision} is not in the local cache "
-            f"({constants.HF_HUB_CACHE}): check the network and HF_HUB_OFFLINE, or download the model elsewhere and "
-            "use folder:PATH"
-        ) from fault
-    except HfHubHTTPError as fault:
-        raise InputError(f"the hub refused {repository}@{revision}: {fault}; try again later") from fault
-    return _in_folder(folder, None)
 
 
 def _require_digest(file: Path, expected: str, witness: str) -> None:

@@ -44,6 +44,8 @@ class Stage:
     """What earlier stages write, relative to the build folder."""
     outputs: tuple[Path, ...]
     """What this stage writes, relative to the build folder."""
+    resumable: bool = False
+    """Whether it goes on from what a run that was cut short has written, if nothing that it depends on has changed."""
 
     @property
     def module_file(self) -> Path:
@@ -173,7 +175,7 @@ class Build:
         paths = [ROOT / path for path in stage.sources] + [self.folder / path for path in stage.inputs]
         start = time.monotonic()
         with _disk_faults(self.folder):
-            partial = self._fresh_partial(stage)
+            partial = self._partial(stage, fingerprint)
             run = importlib.import_module(f"pipeline.{stage.name}").run
             checks: tuple[Check, ...] = tuple(
                 run(stage.config, *paths, *(partial / path for path in stage.outputs)) or ()
@@ -210,11 +212,17 @@ class Build:
                 for path in stage.outputs:
                     _remove(self.folder / path)
 
-    def _fresh_partial(self, stage: Stage) -> Path:
-        """An empty place for the outputs; from here on the old receipt no longer counts."""
+    def _partial(self, stage: Stage, fingerprint: dict[str, str]) -> Path:
+        """A place for the outputs, empty unless the stage can resume; from here on the old receipt no longer counts."""
         self._receipt_path(stage).unlink(missing_ok=True)
         partial = self.folder / ".partial" / stage.name
+        begun = partial / "fingerprint.json"
+        if stage.resumable and begun.exists() and json.loads(begun.read_text(encoding="utf-8")) == fingerprint:
+            say("  going on where the last run ended")
+            return partial
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_json(begun, fingerprint)
         for path in stage.outputs:
             (partial / path).parent.mkdir(parents=True, exist_ok=True)
         return partial

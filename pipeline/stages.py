@@ -35,6 +35,7 @@ def table(config: Config) -> tuple[Stage, ...]:
             sources=(CALIBRATION_TEXT,),
             inputs=(CHECKPOINT,),
             outputs=(INT4, QUANTIZATION),
+            resumable=True,
         ),
         Stage(name="export", config=config.export, inputs=(INT4,), outputs=(ENGINE,)),
         Stage(
@@ -68,7 +69,7 @@ def table(config: Config) -> tuple[Stage, ...]:
             name="gate_latency",
             config=config.gate_latency,
             sources=(GATE_TEXT,),
-            inputs=(CHECKPOINT, ENGINE),
+            inputs=(ENGINE,),
             outputs=(LATENCY,),
         ),
         Stage(

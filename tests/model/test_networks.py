@@ -98,7 +98,7 @@ def test_quantized_network_stays_near_the_float_one(tmp_path: Path) -> None:
     exact = sequence_logits(float_network(SafetensorsCheckpoint(model), torch.float32), TOKENS)
     weights_only = sequence_logits(quantized_network(folder, as_served=False), TOKENS)
     as_served = sequence_logits(quantized_network(folder, as_served=True), TOKENS)
-    assert 0.02 < relative(weights_only, exact) < 0.3
+    assert 0.02 < relative(weights_only, exact) < 0.4
     assert 0.001 < relative(as_served, weights_only) < 0.1
 
 
@@ -110,7 +110,7 @@ def test_as_served_rounds_what_the_engine_rounds(tmp_path: Path, head_bits: Bits
     for as_served, kv_dtype in ((True, torch.bfloat16), (False, torch.float32)):
         network = quantized_network(folder, as_served=as_served)
         assert network.kv_dtype == kv_dtype
-        (head,) = network.head_parts
+        ((_, head),) = network.head_parts
         assert isinstance(head, Dense)
         assert head.int8_activations == (as_served and head_bits != 16)
         for layer in network.layers:

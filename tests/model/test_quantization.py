@@ -11,7 +11,8 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from model.errors import InputError
 from model.int4_linear import Dense, kernel, linear, pack, rows
-from model.quantization import Quantized, pack_nibbles, quantization_error, quantize, search_scales, unpack_nibbles
+from model.quantization import Quantized, pack_nibbles, quantization_error, quantize, unpack_nibbles
+from model.scale_search import search_scales
 
 STEPS = 14
 

@@ -50,11 +50,11 @@ def test_each_product_is_fitted_to_its_inputs_as_quantized(
     """The finished network is watched: what comes to a product is what its scales were weighted with."""
     folder, reader = quantized(checkpoint, RECIPE, tmp_path / "fitted"), SafetensorsCheckpoint(checkpoint)
     seen: list[Tensor] = []
-    plain = model.llama.linear  # type: ignore[attr-defined]
+    original = model.llama.linear  # type: ignore[attr-defined]
 
     def watching(x_TI: Tensor, weight: Weight) -> Tensor:
         seen.append(x_TI)
-        return plain(x_TI, weight)
+        return original(x_TI, weight)
 
     network = quantized_network(folder, as_served=False)
     monkeypatch.setattr("model.llama.linear", watching)
@@ -71,8 +71,10 @@ def test_each_product_is_fitted_to_its_inputs_as_quantized(
                 expected = quantize(name, reader.tensor(name), 4, 32, RECIPE.search_steps, energy)
                 found = folder.matrix(name)
                 assert not isinstance(found, Tensor)
-                # A scale and its negative are often equally good, and stand for the same weights.
-                assert torch.equal(found.dequantize(), expected.dequantize()), name
+                # In bf16 energies are known to some digits; not knowing them at all is something else.
+                plain = quantize(name, reader.tensor(name), 4, 32, RECIPE.search_steps)
+                off, unaware = ((found.dequantize() - other.dequantize()).norm() for other in (expected, plain))
+                assert off < unaware / 5, name
 
 
 def test_gptq_is_nearer_to_the_float_model_than_the_search(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,0 +1,144 @@
+"""The Hugging Face hub: a model's small files, its shards one by one, and what is said when it refuses.
+
+`huggingface_hub` downloads, resumes, follows redirects and tries again; HF_TOKEN is used when set. A shard is checked
+against the size and SHA-256 that the hub stated when the model was fetched.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx2
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from model.artifact import file_digest
+from model.errors import InputError
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+WEIGHTS = ["*.safetensors"]
+OTHERS = ["*.json", "*.jinja", "*.txt", "LICENSE*", "USE_POLICY*", "NOTICE*"]
+UNWANTED = ["original/*", "onnx/*", "openvino/*"]
+"""Other copies of the same weights that model repositories carry."""
+
+
+class Shard(NamedTuple):
+    """A file of weights, as the hub states it."""
+
+    bytes: int
+    sha256: str
+
+
+class HubModel(NamedTuple):
+    """A repository at a pinned revision."""
+
+    repository: str
+    revision: str
+    """A full commit hash."""
+
+    @classmethod
+    def parse(cls, source: str) -> "HubModel":
+        """From `hub:OWNER/NAME@REVISION`."""
+        repository, _, revision = source.removeprefix("hub:").partition("@")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or not COMMIT.fullmatch(revision):
+            raise InputError(
+                f"source {source!r}: expected hub:OWNER/NAME@REVISION, the revision as a full commit hash of 40 "
+                "digits, since a branch may move"
+            )
+        return cls(repository, revision)
+
+    def snapshot(self, *, weights: bool) -> Path:
+        """A local folder of the model's files, from the client's cache or downloaded into it."""
+        wanted = [*WEIGHTS, *OTHERS] if weights else OTHERS
+        with self._refusals():
+            return Path(
+                snapshot_download(
+                    self.repository, revision=self.revision, allow_patterns=wanted, ignore_patterns=UNWANTED
+                )
+            )
+
+    def shard(self, file: str) -> Shard:
+        """Size and SHA-256 of a file of weights; raises InputError if the hub states none."""
+        with self._refusals():
+            found = get_hf_file_metadata(
+                hf_hub_url(self.repository, file, revision=self.revision), token=None, retry_on_errors=True
+            )
+        if found.size is None or found.etag is None or not SHA256.fullmatch(found.etag):
+            raise InputError(
+                f"{self.repository}: the hub states no size and SHA-256 of {file} (ETag {found.etag!r}), so that it "
+                "could not be checked; download the model and use folder:PATH"
+            )
+        return Shard(found.size, found.etag)
+
+    def download(self, file: str, expected: Shard, folder: Path) -> Path:
+        """The file, in `folder`: taken up where an earlier attempt ended. Raises InputError if it is another one."""
+        stated = self.shard(file)
+        if stated != expected:
+            raise InputError(
+                f"{self.repository}: {file} has changed since it was fetched ({expected.bytes} bytes, SHA-256 "
+                f"{expected.sha256[:12]}…; now {stated.bytes}, {stated.sha256[:12]}…): nothing may change at a pinned "
+                'revision; run "python -m pipeline run fetch --force" if you trust it'
+            )
+        with self._refusals():
+            path = Path(hf_hub_download(self.repository, file, revision=self.revision, local_dir=folder))
+        found = Shard(path.stat().st_size, file_digest(path))
+        if found != expected:
+            path.unlink()
+            raise InputError(
+                f"{self.repository}: {file} came as {found.bytes} bytes with SHA-256 {found.sha256}, but the hub "
+                f"states {expected.bytes} and {expected.sha256}: damaged on the way; run again"
+            )
+        return path
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Turns what the client raises into errors with a remedy."""
+        page = f"{constants.ENDPOINT}/{self.repository}"
+        try:
+            yield
+        except HFValidationError as fault:
+            raise InputError(f"hub:{self.repository}: expected hub:OWNER/NAME@REVISION ({fault})") from fault
+        except GatedRepoError as fault:
+            raise InputError(
+                f"{self.repository} is gated and this token may not read it: ask for access at {page}, create a token "
+                "with read permission there, and set HF_TOKEN to it"
+            ) from fault
+        except RevisionNotFoundError as fault:
+            raise InputError(
+                f"{self.repository} has no revision {self.revision!r}: take a commit hash from {page}/commits/main"
+            ) from fault
+        except RepositoryNotFoundError as fault:
+            raise InputError(
+                f"{self.repository}: not found at {page}, or private: check the name; for a private or gated model set "
+                "HF_TOKEN"
+            ) from fault
+        except RemoteEntryNotFoundError as fault:
+            raise InputError(
+                f"{self.repository}@{self.revision}: the hub no longer holds a file that it listed ({fault}); "
+                'run "python -m pipeline run fetch --force"'
+            ) from fault
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, httpx2.TransportError) as fault:
+            raise InputError(
+                f"the hub at {constants.ENDPOINT} cannot be reached and {self.repository}@{self.revision} is not in "
+                f"the local cache ({constants.HF_HUB_CACHE}): check the network and HF_HUB_OFFLINE, or download the "
+                "model elsewhere and use folder:PATH"
+            ) from fault
+        except HfHubHTTPError as fault:
+            if fault.response.status_code == httpx2.codes.UNAUTHORIZED:
+                raise InputError(
+                    f"{self.repository}: the hub refused the token; it may have expired: create one at "
+                    f"{constants.ENDPOINT}/settings/tokens, set HF_TOKEN to it, and run again"
+                ) from fault
+            raise InputError(f"the hub refused {self.repository}@{self.revision}: {fault}; try again later") from fault
