@@ -93,18 +93,31 @@ def check_finite(name: str, weight: Tensor) -> None:
         raise InputError(f"tensor {name}: {bad} of {weight.numel()} weights are NaN or infinite; fetch it again")
 
 
+class ErrorSums:
+    """Gathers the error of a matrix from its rows, some at a time."""
+
+    def __init__(self) -> None:
+        self._noise = self._signal = self._largest = 0.0
+
+    def add(self, weight_OI: Tensor, quantized: Quantized) -> None:
+        for rows in _row_chunks(*weight_OI.shape):
+            exact = weight_OI[rows].float()
+            stored = Quantized(quantized.values[rows], quantized.scales[rows], quantized.bits)
+            difference = exact - stored.dequantize()
+            self._noise += float(difference.square().sum(dtype=torch.float64))
+            self._signal += float(exact.square().sum(dtype=torch.float64))
+            self._largest = max(self._largest, float(difference.abs().max()))
+
+    def total(self) -> QuantizationError:
+        relative = math.sqrt(self._noise / self._signal) if self._signal else 0.0
+        return QuantizationError(relative, math.inf if relative == 0 else -20 * math.log10(relative), self._largest)
+
+
 def quantization_error(weight_OI: Tensor, quantized: Quantized) -> QuantizationError:
     """How far `quantized` is from the weight it was made of."""
-    noise = signal = largest = 0.0
-    for rows in _row_chunks(*weight_OI.shape):
-        exact = weight_OI[rows].float()
-        stored = Quantized(quantized.values[rows], quantized.scales[rows], quantized.bits)
-        difference = exact - stored.dequantize()
-        noise += float(difference.square().sum(dtype=torch.float64))
-        signal += float(exact.square().sum(dtype=torch.float64))
-        largest = max(largest, float(difference.abs().max()))
-    relative = math.sqrt(noise / signal) if signal else 0.0
-    return QuantizationError(relative, math.inf if relative == 0 else -20 * math.log10(relative), largest)
+    sums = ErrorSums()
+    sums.add(weight_OI, quantized)
+    return sums.total()
 
 
 def pack_nibbles(values_OI: Tensor) -> Tensor:

@@ -18,58 +18,55 @@ from torch import Tensor
 from model.checkpoint import EVERY, Checkpoint
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-NORM_BEFORE = {
-    "self_attn.q_proj": "input_layernorm",
-    "self_attn.k_proj": "input_layernorm",
-    "self_attn.v_proj": "input_layernorm",
-    "mlp.gate_proj": "post_attention_layernorm",
-    "mlp.up_proj": "post_attention_layernorm",
-}
 
 
 class Rotated:
-    """A checkpoint's network with its residual stream and its heads' values turned; its head is never tied."""
+    """A checkpoint's network with its residual stream and heads' values turned, in float32; its head is not tied."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self.architecture = replace(checkpoint.architecture, tied_head=False)
 
     def tensor(self, name: str, rows: slice = EVERY) -> Tensor:
-        read, arch = self._checkpoint.tensor, self._checkpoint.architecture
+        arch = self._checkpoint.architecture
         if name.endswith("norm.weight"):
-            return torch.ones_like(read(name))
-        if name == EMBEDDING:
-            return turned(read(name, rows).float()).bfloat16()
-        if name == HEAD:
-            weight_OI = read(EMBEDDING if arch.tied_head else HEAD, rows).float()
-            return turned(weight_OI * read(NORM).float()).bfloat16()
-        prefix, _, part = name.removesuffix(".weight").rpartition("layers.")
-        layer, _, part = part.partition(".")
-        weight_OI = read(name).float()
-        if part in NORM_BEFORE:
-            weight_OI = turned(weight_OI * read(f"{prefix}layers.{layer}.{NORM_BEFORE[part]}.weight").float())
-        if part == "self_attn.v_proj":
-            weight_OI = turned(weight_OI.T, arch.head_dim).T
-        if part == "self_attn.o_proj":
+            return torch.ones(arch.hidden)[rows]
+        source = EMBEDDING if name == HEAD and arch.tied_head else name
+        layer, _, part = name.removesuffix(".weight").rpartition(".self_attn." if "self_attn" in name else ".mlp.")
+        writes = part in ("o_proj", "down_proj")
+        weight_OI = self._checkpoint.tensor(source, EVERY if writes or part == "v_proj" else rows).float()
+        if part in ("q_proj", "k_proj", "v_proj"):
+            weight_OI = self._after_norm(f"{layer}.input_layernorm.weight", weight_OI)
+        elif part in ("gate_proj", "up_proj"):
+            weight_OI = self._after_norm(f"{layer}.post_attention_layernorm.weight", weight_OI)
+        elif name == HEAD:
+            weight_OI = self._after_norm(NORM, weight_OI)
+        elif name == EMBEDDING:
+            weight_OI = turned(weight_OI)
+        elif part == "o_proj":
             weight_OI = turned(weight_OI, arch.head_dim)
-        if part in ("self_attn.o_proj", "mlp.down_proj"):
-            weight_OI = turned(weight_OI.T).T
-        return weight_OI[rows].bfloat16()
+        if part == "v_proj":
+            return turned(weight_OI.T, arch.head_dim).T[rows]
+        return turned(weight_OI.T).T[rows] if writes else weight_OI
+
+    def _after_norm(self, norm: str, weight_OI: Tensor) -> Tensor:
+        return turned(weight_OI * self._checkpoint.tensor(norm).float())
 
 
 def turned(x: Tensor, block: int | None = None) -> Tensor:
-    """The last dimension times `orthogonal`, whole or block by block."""
+    """The last dimension times an orthogonal matrix, whole or block by block.
+
+    The matrix is a Kronecker product: Hadamard's for the power of two in the size, cosines for the rest.
+    """
     size = block or x.shape[-1]
-    odd, power = _factors(size)
-    parts = x.unflatten(-1, (-1, odd, power))
-    result: Tensor = (torch.einsum("...ij,ik,jl->...kl", parts, _cosines(odd), _hadamard(power))).flatten(-3)
-    return result
-
-
-def _factors(size: int) -> tuple[int, int]:
-    """An odd number and a power of two."""
     power = size & -size
-    return size // power, power
+    half = 1 << (power.bit_length() - 1) // 2
+    factors = (_cosines(size // power), _hadamard(power // half), _hadamard(half))
+    parts = x.unflatten(-1, (-1, *map(len, factors)))
+    for axis, matrix in zip((-3, -2, -1), factors, strict=True):
+        parts = (parts.movedim(axis, -1) @ matrix).movedim(-1, axis)
+    result: Tensor = parts.flatten(-4)
+    return result
 
 
 @cache

@@ -8,17 +8,29 @@ import torch
 from torch import Tensor
 
 from model.artifact import read_json, write_json, write_manifest
-from model.checkpoint import Checkpoint
+from model.checkpoint import EVERY, Checkpoint
 from model.errors import InputError
 from model.networks import EMBEDDING, HEAD, layer_names, source_of
-from model.quantization import Quantized, check_finite, pack_nibbles, quantization_error, quantize
+from model.quantization import (
+    ErrorSums,
+    QuantizationError,
+    Quantized,
+    check_finite,
+    pack_nibbles,
+    quantization_error,
+    quantize,
+)
 from model.recipe import Recipe
+from model.rotation import Rotated
 from model.shards import stored_names, write_shards
 from model.tokenizer import Tokenizer
 from pipeline.calibration import WINDOW, calibrated_layers
 from pipeline.hub_checkpoint import open_checkpoint
 from pipeline.progress import track
 from pipeline.windows import text_windows
+
+BLOCK_ROWS = 16384
+"""Of a matrix that are read at a time."""
 
 
 def run(config: Recipe, text: Path, checkpoint_folder: Path, int4: Path, report: Path) -> None:
@@ -29,7 +41,8 @@ def run(config: Recipe, text: Path, checkpoint_folder: Path, int4: Path, report:
     windows = [] if config.method == "search" else _calibration(config, text, checkpoint_folder)
     int4.mkdir(exist_ok=True)
     errors = _Errors(report.with_suffix(".partial.json"))
-    with open_checkpoint(checkpoint_folder) as checkpoint, torch.inference_mode():
+    with open_checkpoint(checkpoint_folder) as opened, torch.inference_mode():
+        checkpoint = Rotated(opened) if config.rotation == "hadamard" else opened
         tensors = _Tensors(config, checkpoint, frozenset(stored_names(int4)), errors)
         if windows:
             tensors.layers = calibrated_layers(checkpoint, config, windows, tensors.first_layer, report.parent)
@@ -39,7 +52,12 @@ def run(config: Recipe, text: Path, checkpoint_folder: Path, int4: Path, report:
     source = read_json(checkpoint_folder / "source.json")
     stored = sum(path.stat().st_size for path in int4.glob("*.safetensors"))
     weights = sum(torch.Size(shape).numel() for shape in checkpoint.architecture.tensor_shapes().values())
-    facts = {**source, "recipe": vars(config), "bits_per_weight": round(8 * stored / weights, 4)}
+    facts = {
+        **source,
+        "architecture": checkpoint.architecture.to_dict(),
+        "recipe": vars(config),
+        "bits_per_weight": round(8 * stored / weights, 4),
+    }
     write_manifest(int4, "int4", facts)
     write_json(report, {"recipe": vars(config), "bits_per_weight": facts["bits_per_weight"], "tensors": errors.found})
 
@@ -58,8 +76,8 @@ class _Errors:
         self._file = file
         self.found: dict[str, dict[str, float]] = read_json(file) if file.exists() else {}
 
-    def add(self, name: str, weight: Tensor, quantized: Quantized) -> None:
-        self.found[name] = quantization_error(weight, quantized)._asdict()
+    def add(self, name: str, error: QuantizationError) -> None:
+        self.found[name] = error._asdict()
         write_json(self._file, self.found)
 
 
@@ -92,18 +110,42 @@ class _Tensors:
 
     def _stored(self, name: str) -> list[tuple[str, Tensor]]:
         recipe = self._recipe
-        weight = self._checkpoint.tensor(source_of(name, self._checkpoint.architecture))
         bits = {EMBEDDING: recipe.embedding_bits, HEAD: recipe.head_bits}.get(name, 4)
-        if weight.dim() == 1 or bits == 16:
+        if name.endswith("norm.weight") or bits == 16:
+            weight = self._rows(name, EVERY)
             check_finite(name, weight)
-            return [(name, weight)]
+            return [(name, weight.bfloat16() if weight.dtype == torch.float32 and weight.dim() == 2 else weight)]
         if name in (EMBEDDING, HEAD) or recipe.method == "search":
-            quantized = quantize(name, weight, bits, recipe.group(weight.shape[1]), recipe.search_steps)
+            values, scales = self._searched(name, bits)
         else:
-            while name not in self._fitted:
-                self._fitted = next(self.layers)
-            quantized = self._fitted.pop(name)
-        self._errors.add(name, weight, quantized)
-        del weight  # a head of 8B is a gigabyte
-        values = pack_nibbles(quantized.values) if bits == 4 else quantized.values
-        return [(f"{name}.values", values), (f"{name}.scales", quantized.scales)]
+            values, scales = self._calibrated(name)
+        return [(f"{name}.values", values), (f"{name}.scales", scales)]
+
+    def _searched(self, name: str, bits: int) -> tuple[Tensor, Tensor]:
+        """Values and scales as stored, from some rows of the matrix at a time: a head of 8B is a gigabyte."""
+        sums, parts = ErrorSums(), []
+        for rows in self._blocks(name):
+            weight_OI = self._rows(name, rows)
+            quantized = quantize(
+                name, weight_OI, bits, self._recipe.group(weight_OI.shape[1]), self._recipe.search_steps
+            )
+            sums.add(weight_OI, quantized)
+            parts.append((pack_nibbles(quantized.values) if bits == 4 else quantized.values, quantized.scales))
+        self._errors.add(name, sums.total())
+        values, scales = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(scales)
+
+    def _calibrated(self, name: str) -> tuple[Tensor, Tensor]:
+        while name not in self._fitted:
+            self._fitted = next(self.layers)
+        quantized = self._fitted.pop(name)
+        self._errors.add(name, quantization_error(self._rows(name, EVERY), quantized))
+        return pack_nibbles(quantized.values), quantized.scales
+
+    def _rows(self, name: str, rows: slice) -> Tensor:
+        return self._checkpoint.tensor(source_of(name, self._checkpoint.architecture), rows)
+
+    def _blocks(self, name: str) -> list[slice]:
+        arch = self._checkpoint.architecture
+        count = arch.tensor_shapes()[source_of(name, arch)][0]
+        return [slice(first, first + BLOCK_ROWS) for first in range(0, count, BLOCK_ROWS)]

@@ -37,6 +37,13 @@ def table(config: Config) -> tuple[Stage, ...]:
             outputs=(INT4, QUANTIZATION),
             resumable=True,
         ),
+        Stage(
+            name="gate_quality",
+            config=config.gate_quality,
+            sources=(GATE_TEXT, CALIBRATION_TEXT),
+            inputs=(CHECKPOINT, INT4),
+            outputs=(QUALITY,),
+        ),
         Stage(name="export", config=config.export, inputs=(INT4,), outputs=(ENGINE,)),
         Stage(
             name="export_embedder",
@@ -57,13 +64,6 @@ def table(config: Config) -> tuple[Stage, ...]:
             sources=(VALIDATION, SCHEMA),
             inputs=(EMBEDDER, CACHE),
             outputs=(CACHE_REPORT,),
-        ),
-        Stage(
-            name="gate_quality",
-            config=config.gate_quality,
-            sources=(GATE_TEXT, CALIBRATION_TEXT),
-            inputs=(CHECKPOINT, INT4),
-            outputs=(QUALITY,),
         ),
         Stage(
             name="gate_latency",

@@ -1,6 +1,6 @@
 """A Hugging Face hub on 127.0.0.1, as far as huggingface_hub asks for it, with the faults that a real one can have.
 
-python -m tests.hub FOLDER --port 8085      (serves FOLDER as OPEN at REVISION until it is stopped)
+python -m tests.hub FOLDER --port 8085      (until it is stopped)
 """
 
 import argparse
@@ -27,6 +27,8 @@ class Hub:
     """What is served, and how badly. `asked` lists the requests that were answered."""
 
     folder: Path
+    repository: str = OPEN
+    revision: str = REVISION
     url: str = ""
     asked: list[str] = field(default_factory=list)
     redirects: bool = True
@@ -88,9 +90,9 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.expired |= self.hub.expires_at in file
         if token and self.hub.expired:
             self._refuse(401, "", "Invalid credentials in Authorization header")
-        elif repository not in (OPEN, GATED):
+        elif repository not in (self.hub.repository, GATED):
             self._refuse(401, "RepoNotFound")
-        elif revision != REVISION:
+        elif revision != self.hub.revision:
             self._refuse(404, "RevisionNotFound")
         elif listing and verb == "tree":
             self._send(json.dumps(self._tree()).encode())
@@ -124,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", f"{self.hub.url}/cdn/{path.name}")
             self.send_header("X-Linked-Etag", f'"{self.hub.digest(path)}"')
             self.send_header("X-Linked-Size", str(path.stat().st_size))
-            self.send_header("X-Repo-Commit", REVISION)
+            self.send_header("X-Repo-Commit", self.hub.revision)
             self.send_header("Content-Length", "0")
             self.end_headers()
         else:
@@ -138,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
         if first:
             self.send_header("Content-Range", f"bytes {first}-{size - 1}/{size}")
         self.send_header("ETag", f'"{self.hub.digest(path)}"')
-        self.send_header("X-Repo-Commit", REVISION)
+        self.send_header("X-Repo-Commit", self.hub.revision)
         self.end_headers()
         if self.command == "GET":
             self._body(path, first, size)
@@ -195,6 +197,8 @@ def serving(folder: Path) -> Iterator[Hub]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--repository", default=OPEN)
+    parser.add_argument("--revision", default=REVISION)
     parser.add_argument("--port", type=int, default=8085)
     options = parser.parse_args()
-    Server(Hub(options.folder), options.port).serve_forever()
+    Server(Hub(options.folder, options.repository, options.revision), options.port).serve_forever()

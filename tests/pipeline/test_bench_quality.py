@@ -19,10 +19,11 @@ def test_every_subject_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["--checkpoint", str(tmp_path / "build/checkpoint")]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     means = {(row["scheme"], row["rounding"]): row["kl"]["value"] for row in rows}
-    assert len(means) == len(rows) == 11
+    assert len(means) == len(rows) == 21
     for row in rows:
-        assert row["kl"]["lower"] < row["kl"]["value"] < row["kl"]["upper"] < row["kl_p999"]["value"]
+        assert 0 < row["kl"]["lower"] <= row["kl"]["value"] <= row["kl"]["upper"] < row["kl_p999"]["value"]
         assert row["seconds"] >= 0
+    assert {row["bits"] for row in rows if row["scheme"] == "int4-g32"} == {4.5, 8.5}
     for scheme in ("int4-g32", "int4-channel"):
         assert means[scheme, "ours, gptq"] < means[scheme, "torchao, round to nearest"]
 
