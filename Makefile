@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench bench-quality lock clean
+.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench bench-quality bench-8b bench-torchchat test-8b lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -56,6 +56,18 @@ count-arm64: setup ## instructions per decoded token on emulated Arm, with Kleid
 bench-quality: setup ## our recipes beside torchao's and llama.cpp's int4, on the embedded model
 	@$(RUN) -m pipeline run fetch --config $(CONFIG)
 	@$(RUN) -m pipeline.bench_quality --config $(CONFIG)
+
+bench-8b: setup ## quantize, export and serve at Llama 3.1 8B's size, with synthetic weights (40 GB of disk, half an hour)
+	@$(RUN) -m pipeline run fetch
+	@$(RUN) -m pipeline.bench_8b $(ARGS)
+
+bench-torchchat: setup ## the real torchchat beside us; TORCHCHAT_DIR=path of a checkout
+	@$(RUN) -m pipeline run export --config $(CONFIG)
+	@$(RUN) -m pipeline.torchchat --build build/$(CONFIG) $(ARGS)
+
+test-8b: setup ## the configuration llama31-8b, whole, in 16 GB of memory and 14 GB of disk (needs root)
+	@$(RUN) -m pipeline run fetch
+	@tests/eight_billion/run.sh $(ARGS)
 
 lock: ## pin the newest versions that pyproject.toml allows (needs uv)
 	@sh requirements/lock.sh

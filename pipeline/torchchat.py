@@ -17,8 +17,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,14 +30,13 @@ from model.errors import InputError
 from model.tokenizer import Tokenizer
 from model.torchchat_format import PARAMS, WEIGHTS, params_of, state_of
 from pipeline.fingerprint import ROOT
+from pipeline.measured import Ended, measured
 from pipeline.progress import quiet_libraries, say
 from pipeline.windows import GATE_TEXT, text_windows
 
 HOME = ROOT / "build/torchchat"
 REQUIREMENTS = ("torchao==0.13.0", "pillow")
 CONTEXT, PROMPT_TOKENS, OUTPUT_TOKENS = 1024, 64, 64
-PATIENCE = 3600.0
-"""Seconds after which a command counts as hung."""
 HOW_TO_GET_ONE = (
     "no checkout of torchchat: git clone https://github.com/pytorch/torchchat, then give its path with --checkout or "
     "in TORCHCHAT_DIR (the package of that name on the registry is another one)"
@@ -114,13 +111,6 @@ def setting(machine: str) -> Setting:
         }
         return Setting("fp32", {**embedding, **linear}, (VERSION_CHECK, KLEIDIAI))
     return Setting("bf16", {**embedding, "linear:int4": {"groupsize": 32, "inner_k_tiles": 4}}, (VERSION_CHECK,))
-
-
-class Ended(NamedTuple):
-    """A finished command."""
-
-    text: str
-    peak_mb: float
 
 
 class Torchchat:
@@ -214,37 +204,6 @@ def write_model(checkpoint: Path, folder: Path) -> None:
     settings = read_json(checkpoint / "tokenizer_config.json")
     special = [token["content"] for token in read_json(checkpoint / "tokenizer.json")["added_tokens"]]
     write_json(folder / "tokenizer_config.json", {**settings, "eos_token": special[-1]})
-
-
-def measured(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Ended:
-    """Runs a command; its output, and the most memory that was resident. Raises InputError if it fails."""
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    peak = 0.0
-
-    def watch() -> None:
-        nonlocal peak
-        while process.poll() is None:
-            try:
-                status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
-            except OSError:
-                return
-            found = re.search(r"VmHWM:\s+(\d+) kB", status)
-            peak = max(peak, int(found[1]) / 1e3 if found else 0)
-            time.sleep(0.02)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        text, _ = process.communicate(timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        text, _ = process.communicate()
-    watcher.join()
-    if process.returncode:
-        raise InputError(f"{' '.join(command)} failed:\n{text[-3000:]}")
-    return Ended(text, peak)
 
 
 def ours(build: Path, prompt: str, threads: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What the pipeline's tests share: the command line in this process and in another, and a small tree of tiny stages."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,9 +11,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from model.architecture import Architecture
+from model.checkpoint import INDEX
 from pipeline.__main__ import main
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_tiny_model
 
 PATIENCE = 600.0
 """Seconds after which a test's subprocess counts as hung; compiling the embedder on a busy machine takes minutes."""
@@ -76,6 +80,25 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def from_folder(model: Path) -> list[str]:
     """The settings that make `fetch` read a folder, and `quantize` take no time to calibrate."""
     return ["--set", f"fetch.source=folder:{model}", "--set", "fetch.sha256=none", "--set", "quantize.method=search"]
+
+
+SHARDS = 3
+
+
+def write_sharded_model(folder: Path, architecture: Architecture) -> Path:
+    """Three shards in the order of the network, which end within layers."""
+    write_tiny_model(folder, architecture)
+    tensors = load_file(folder / "model.safetensors")
+    names = list(architecture.tensor_shapes())
+    files: dict[str, str] = {}
+    for number in range(SHARDS):
+        part = names[number * len(names) // SHARDS : (number + 1) * len(names) // SHARDS]
+        files |= dict.fromkeys(part, f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors")
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name, of in files.items() if of == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder
 
 
 TINY_TREE = {

@@ -13,36 +13,16 @@ from torch import Tensor
 import pipeline.hub_checkpoint
 from model.artifact import file_digest, files_below
 from model.checkpoint import EVERY, INDEX, read_tensor
-from tests.conftest import TINY, write_tiny_model
+from tests.conftest import TINY
 from tests.hub import GATED, GRANTED, OPEN, REFUSED, REVISION, Hub, serving
-from tests.pipeline.conftest import Run, from_folder
-
-SHARDS = 3
-
-
-def write_sharded_model(folder: Path) -> Path:
-    """Three shards in the order of the network, the second and third layer each shared by two of them."""
-    architecture = replace(TINY, layers=4)
-    write_tiny_model(folder, architecture)
-    tensors = load_file(folder / "model.safetensors")
-    names = list(architecture.tensor_shapes())
-    files: dict[str, str] = {}
-    for number in range(SHARDS):
-        part = names[number * len(names) // SHARDS : (number + 1) * len(names) // SHARDS]
-        files |= dict.fromkeys(part, f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors")
-    for file in set(files.values()):
-        save_file({name: tensors[name] for name, of in files.items() if of == file}, folder / file, {"format": "pt"})
-    (folder / "model.safetensors").unlink()
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    return folder
-
+from tests.pipeline.conftest import SHARDS, Run, from_folder, write_sharded_model
 
 SECOND, THIRD = (f"model-{number:05d}-of-{SHARDS:05d}.safetensors" for number in (2, 3))
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serving(write_sharded_model(tmp_path / "served")) as hub:
+    with serving(write_sharded_model(tmp_path / "served", replace(TINY, layers=4))) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"

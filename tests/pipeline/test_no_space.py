@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, TINY, write_tiny_model
-from tests.pipeline.conftest import PATIENCE, Ended, environment, from_folder
+from tests.hub import OPEN, REVISION, serving
+from tests.pipeline.conftest import PATIENCE, Ended, environment, from_folder, write_sharded_model
 
 WIDE = replace(TINY, hidden=512, head_dim=128, mlp=1024)
 """About 11 MB as bf16 and 4 MB quantized."""
@@ -37,12 +38,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("models") / "wide", WIDE)
 
 
-def run_short_of_space(model: Path, disk: Path, size: str, fill: str = "") -> tuple[Ended, Ended]:
+def run_short_of_space(source: list[str], disk: Path, size: str, **extra: str) -> tuple[Ended, Ended]:
     """A run on a disk of that size, and the same command once more with room."""
     disk.mkdir()
     pipeline = [sys.executable, "-m", "pipeline", "run", "quantize", "--build", str(disk / "build")]
-    command = [*NAMESPACE, "sh", "-c", SCRIPT, "sh", size, str(disk), *pipeline, *from_folder(model)]
-    settings = environment({"DISK": str(disk), "FILL": fill})
+    command = [*NAMESPACE, "sh", "-c", SCRIPT, "sh", size, str(disk), *pipeline, *source]
+    settings = environment({"DISK": str(disk), "FILL": "", **extra})
     done = subprocess.run(
         command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
@@ -65,7 +66,7 @@ def require_plain_words(ended: Ended, disk: Path) -> None:
 )
 def test_disk_that_fills_up(model: Path, tmp_path: Path, size: str, stopped_in: str, kept: str) -> None:
     disk = tmp_path / "disk"
-    short, roomy = run_short_of_space(model, disk, size)
+    short, roomy = run_short_of_space(from_folder(model), disk, size)
     require_plain_words(short, disk)
     assert (stopped_in == "quantize") == ("quantize: " in short.err)
     assert roomy.code == 0
@@ -74,7 +75,21 @@ def test_disk_that_fills_up(model: Path, tmp_path: Path, size: str, stopped_in: 
 
 def test_disk_that_is_full_from_the_start(model: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
-    short, roomy = run_short_of_space(model, disk, "1m", fill="2m")
+    short, roomy = run_short_of_space(from_folder(model), disk, "1m", FILL="2m")
     require_plain_words(short, disk)
     assert roomy.code == 0
     assert roomy.states == {"fetch": "ran", "quantize": "ran"}
+
+
+def test_disk_that_fills_up_while_a_shard_is_downloaded(tmp_path: Path) -> None:
+    disk, shards = tmp_path / "disk", write_sharded_model(tmp_path / "served", replace(WIDE, layers=4))
+    largest = max(file.stat().st_size for file in shards.glob("*.safetensors"))
+    with serving(shards) as hub:
+        source = ["--set", f"fetch.source=hub:{OPEN}@{REVISION}", "--set", "fetch.streamed=true"]
+        settings = [*source, "--set", "fetch.sha256=none", "--set", "quantize.method=search"]
+        place = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        short, roomy = run_short_of_space(settings, disk, f"{largest * 3 // 4 >> 10}k", **place)
+    require_plain_words(short, disk)
+    assert "from the hub" in short.err
+    assert roomy.code == 0
+    assert roomy.states == {"fetch": "unchanged", "quantize": "ran"}

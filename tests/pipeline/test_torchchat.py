@@ -1,9 +1,7 @@
-"""torchchat beside us: what needs no checkout of it. With TORCHCHAT_DIR set, the whole, on the embedded build."""
+"""torchchat beside us: what needs no checkout of it."""
 
 import json
-import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,7 @@ from model.artifact import file_digest, write_json
 from model.checkpoint import SafetensorsCheckpoint
 from model.errors import InputError
 from pipeline import torchchat
-from pipeline.torchchat import FIGURES, HOW_TO_GET_ONE, VERSION_CHECK, main, measured, prepare, write_model
-from tests.conftest import ROOT
+from pipeline.torchchat import FIGURES, HOW_TO_GET_ONE, VERSION_CHECK, main, prepare, write_model
 from tests.pipeline.conftest import Run
 
 PRINTED = """\
@@ -69,15 +66,3 @@ def test_torchchats_folder_is_a_source(tiny_model: Path, tmp_path: Path, run: Ru
     for name in expected.architecture.tensor_shapes():
         assert found.tensor(name).equal(expected.tensor(name))
     assert file_digest(tmp_path / "build/checkpoint/tokenizer.json") == file_digest(tiny_model / "tokenizer.json")
-
-
-def test_measured_memory_is_the_childs() -> None:
-    ended = measured([sys.executable, "-c", "import time; x = bytearray(300 << 20); time.sleep(0.3); print('done')"],
-                     ROOT, dict(os.environ))  # fmt: skip
-    assert ended.text == "done\n"
-    assert 300 < ended.peak_mb < 600
-
-
-def test_command_that_fails_is_an_error_with_its_words() -> None:
-    with pytest.raises(InputError, match="(?s)failed:.*ZeroDivisionError"):
-        measured([sys.executable, "-c", "1 / 0"], ROOT, dict(os.environ))
