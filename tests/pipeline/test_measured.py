@@ -18,5 +18,5 @@ def test_measured_memory_is_the_childs() -> None:
 
 
 def test_command_that_fails_is_an_error_with_its_words() -> None:
-    with pytest.raises(InputError, match="(?s)failed:.*ZeroDivisionError"):
+    with pytest.raises(InputError, match=r"(?s)failed:.*ZeroDivisionError"):
         measured([sys.executable, "-c", "1 / 0"], ROOT, dict(os.environ))
