@@ -1,5 +1,6 @@
 """Many tensors in few safetensors files: written as a stream, read as a memory map."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, stem: str 
         path = folder / f"{stem}-{index:05d}.safetensors"
         partial = path.with_suffix(".partial")
         save_file({name: tensor.contiguous() for name, tensor in shard.items()}, partial, {"format": "pt"})
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
         partial.replace(path)
         file_of |= dict.fromkeys(shard, path.name)
         del shard  # or it would be held until the next is full

@@ -1,7 +1,8 @@
 """The Hugging Face hub: a model's small files, its shards one by one, and what is said when it refuses.
 
-`huggingface_hub` downloads, resumes, follows redirects and tries again; HF_TOKEN is used when set. A shard is checked
-against the size and SHA-256 that the hub stated when the model was fetched.
+`huggingface_hub` downloads, takes up what broke off, follows redirects and tries again; HF_TOKEN is used when set. A
+shard is checked against the size and SHA-256 that the hub stated when the model was fetched; half of one waits in a
+`.partial` file for the next run, which the client's own downloads to a folder would throw away.
 """
 
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import httpx2
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -22,6 +23,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils._headers import build_hf_headers
 
 from model.artifact import file_digest
 from model.errors import InputError
@@ -71,28 +74,25 @@ class HubModel(NamedTuple):
 
     def shard(self, file: str) -> Shard:
         """Size and SHA-256 of a file of weights; raises InputError if the hub states none."""
-        with self._refusals():
-            found = get_hf_file_metadata(
-                hf_hub_url(self.repository, file, revision=self.revision), token=None, retry_on_errors=True
-            )
-        if found.size is None or found.etag is None or not SHA256.fullmatch(found.etag):
-            raise InputError(
-                f"{self.repository}: the hub states no size and SHA-256 of {file} (ETag {found.etag!r}), so that it "
-                "could not be checked; download the model and use folder:PATH"
-            )
-        return Shard(found.size, found.etag)
+        return self._stated(file)[0]
 
     def download(self, file: str, expected: Shard, folder: Path) -> Path:
         """The file, in `folder`: taken up where an earlier attempt ended. Raises InputError if it is another one."""
-        stated = self.shard(file)
+        stated, location = self._stated(file)
         if stated != expected:
             raise InputError(
                 f"{self.repository}: {file} has changed since it was fetched ({expected.bytes} bytes, SHA-256 "
                 f"{expected.sha256[:12]}…; now {stated.bytes}, {stated.sha256[:12]}…): nothing may change at a pinned "
                 'revision; run "python -m pipeline run fetch --force" if you trust it'
             )
-        with self._refusals():
-            path = Path(hf_hub_download(self.repository, file, revision=self.revision, local_dir=folder))
+        path, partial = folder / file, folder / f"{file}.partial"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with self._refusals(), partial.open("ab") as out:
+                http_get(
+                    location, out, resume_size=out.tell(), headers=_headers(location), expected_size=expected.bytes
+                )
+            partial.replace(path)
         found = Shard(path.stat().st_size, file_digest(path))
         if found != expected:
             path.unlink()
@@ -101,6 +101,18 @@ class HubModel(NamedTuple):
                 f"states {expected.bytes} and {expected.sha256}: damaged on the way; run again"
             )
         return path
+
+    def _stated(self, file: str) -> tuple[Shard, str]:
+        """What the hub says of a file, and where it is."""
+        with self._refusals():
+            url = hf_hub_url(self.repository, file, revision=self.revision)
+            found = get_hf_file_metadata(url, headers=build_hf_headers(), retry_on_errors=True)
+        if found.size is None or found.etag is None or not SHA256.fullmatch(found.etag):
+            raise InputError(
+                f"{self.repository}: the hub states no size and SHA-256 of {file} (ETag {found.etag!r}), so that it "
+                "could not be checked; download the model and use folder:PATH"
+            )
+        return Shard(found.size, found.etag), found.location
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -142,3 +154,11 @@ class HubModel(NamedTuple):
                     f"{constants.ENDPOINT}/settings/tokens, set HF_TOKEN to it, and run again"
                 ) from fault
             raise InputError(f"the hub refused {self.repository}@{self.revision}: {fault}; try again later") from fault
+
+
+def _headers(location: str) -> dict[str, str]:
+    """The client's; the token goes to the hub alone, not to where it keeps its files."""
+    headers = build_hf_headers()
+    if httpx2.URL(location).netloc != httpx2.URL(constants.ENDPOINT).netloc:
+        headers.pop("authorization", None)
+    return headers

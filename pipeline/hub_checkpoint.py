@@ -75,9 +75,8 @@ class HubCheckpoint:
             return self._kept[name][rows]
         if file != self._at_hand:
             self._keep(_layer(name))
-            self.close()
             self._download(file)
-        return read_tensor(self._scratch / file, name, rows)
+        return read_tensor(self._path(file), name, rows)
 
     def close(self) -> None:
         """Deletes what is on the disk."""
@@ -89,14 +88,23 @@ class HubCheckpoint:
         of_layer = [name for name, file in self._file_of.items() if file == self._at_hand and _layer(name) == layer]
         shapes = self.architecture.tensor_shapes()
         small = 2 * sum(Size(shapes[name]).numel() for name in of_layer if name in shapes) <= KEPT_BYTES
-        self._kept = {name: read_tensor(self._scratch / self._file_of[name], name) for name in of_layer if small}
+        self._kept = {name: read_tensor(self._path(self._file_of[name]), name) for name in of_layer if small}
 
     def _download(self, file: str) -> None:
+        """Deletes all other shards, and what there is of them; what there is of this one is taken up."""
+        self._at_hand = None
+        for other in self._scratch.glob("*"):
+            if other.name != file:
+                shutil.rmtree(other)
         shard = self._shards[file]
         say(f"  {file} from the hub: {shard.bytes / 1e9:.2f} GB")
-        path = self._model.download(file, shard, self._scratch)
-        check_shapes(path, self._folder, self.architecture)
+        self._model.download(file, shard, self._path(file).parent)
+        check_shapes(self._path(file), self._folder, self.architecture)
         self._at_hand = file
+
+    def _path(self, file: str) -> Path:
+        """Each in a folder of its own, with the client's notes about it."""
+        return self._scratch / file / file
 
 
 def _layer(name: str) -> str:

@@ -52,7 +52,7 @@ def test_streamed_is_what_a_folder_gives_and_holds_one_shard(
 
     def watching(file: Path, name: str, rows: slice = EVERY) -> Tensor:
         nonlocal most
-        most = max(most, len(list((tmp_path / "a/.hub").glob("*.safetensors"))))
+        most = max(most, len(list((tmp_path / "a/.hub").glob("*/*.safetensors"))))
         return read_tensor(file, name, rows)
 
     monkeypatch.setattr(pipeline.hub_checkpoint, "read_tensor", watching)
@@ -79,6 +79,20 @@ def test_cut_connection_is_taken_up_where_it_broke(hub: Hub, tmp_path: Path, run
     require_same(hub, tmp_path, run)
     assert hub.cuts[SECOND] == []
     assert size <= hub.sent[SECOND] <= size + 2 * 4096
+
+
+def test_download_that_was_given_up_is_taken_up_by_the_next_run(
+    hub: Hub, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.shards.SHARD_BYTES", 1)  # nothing of the first shard is needed again
+    size = (hub.folder / SECOND).stat().st_size
+    hub.cuts[SECOND] = [size // 2, *[0] * 5]
+    ended = run("run", "quantize", *streamed(tmp_path / "a"))
+    assert ended.code == 2
+    assert f"the hub at {hub.url} cannot be reached" in ended.err
+    assert hub.cuts[SECOND] == []
+    require_same(hub, tmp_path, run)
+    assert size <= hub.sent[SECOND] <= size + 4096
 
 
 def test_server_that_ignores_ranges(hub: Hub, tmp_path: Path, run: Run) -> None:
