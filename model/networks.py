@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.architecture import Architecture
 from model.artifact import read_manifest
-from model.checkpoint import Checkpoint
+from model.checkpoint import EVERY, Checkpoint
 from model.int4_linear import Dense, Packing, Weight, pack
 from model.llama import HeadWeights, LayerWeights, Network
 from model.quantization import Quantized, unpack_nibbles
@@ -27,7 +27,6 @@ NORM = "model.norm.weight"
 HEAD_ROWS = 16384
 """Of the output head that a streamed network holds at once."""
 Rows = slice | Tensor
-EVERY = slice(None)
 
 
 def source_of(name: str, architecture: Architecture) -> str:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import EVERY, Checkpoint
-
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+from model.networks import EMBEDDING, HEAD, NORM, source_of
 
 
 class Rotated:
@@ -31,7 +30,7 @@ class Rotated:
         arch = self._checkpoint.architecture
         if name.endswith("norm.weight"):
             return torch.ones(arch.hidden)[rows]
-        source = EMBEDDING if name == HEAD and arch.tied_head else name
+        source = source_of(name, arch)
         layer, _, part = name.removesuffix(".weight").rpartition(".self_attn." if "self_attn" in name else ".mlp.")
         writes = part in ("o_proj", "down_proj")
         weight_OI = self._checkpoint.tensor(source, EVERY if writes or part == "v_proj" else rows).float()

@@ -45,11 +45,9 @@ def test_goes_on_where_it_ended(
     monkeypatch.setattr("model.shards.SHARD_BYTES", 1 << 17)
     whole = quantize(checkpoint, method, tmp_path / "whole")
     read = SafetensorsCheckpoint.tensor
-    asked: list[str] = []
 
     def breaking(self: SafetensorsCheckpoint, name: str, rows: slice = EVERY) -> object:
-        asked.append(name)
-        if name == f"model.layers.{broken}.mlp.down_proj.weight" and len(asked) < 10**6:
+        if name == f"model.layers.{broken}.mlp.down_proj.weight":
             raise InputError("the connection is gone")
         return read(self, name, rows)
 
