@@ -60,7 +60,7 @@ print(json.dumps({
 STREAM = "--set fetch.sha256=none --set fetch.streamed=false".split()
 UNJUDGED = [
     part
-    for limit in ("kl_mean_max=1000", "same_top1_min=0", "perplexity_ratio_max=1000", "windows_max=32")
+    for limit in ("kl_mean_max=1000", "same_top1_min=0", "perplexity_ratio_max=1000", "windows_max=32", "text=own")
     for part in ("--set", f"gate_quality.{limit}")
 ]
 """Noise is no language: how far int4 is from it says nothing."""

@@ -36,7 +36,7 @@ from pipeline.fingerprint import ROOT
 from pipeline.gate_quality import compare, quality_of, read_through
 from pipeline.progress import quiet_libraries, say
 from pipeline.statistics import Interval
-from pipeline.windows import CALIBRATION_TEXT, GATE_TEXT, check_apart, text_windows
+from pipeline.windows import CALIBRATION_TEXT, GATE_TEXT, Text, check_apart, text_windows
 
 Rounding = Callable[[str, Tensor], Tensor]
 """A layer's matrix by its name and as it is to what its rounded form stands for, in float32."""
@@ -162,8 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     folder = options.checkpoint or ROOT / "build" / options.config / "checkpoint"
     gate = named_config(options.config).gate_quality
-    check_apart(ROOT / CALIBRATION_TEXT, ROOT / GATE_TEXT)
-    windows = text_windows(ROOT / GATE_TEXT, Tokenizer.load(folder), gate.window_tokens)[: gate.windows_max]
+    text = Text.read(ROOT / GATE_TEXT)
+    check_apart(Text.read(ROOT / CALIBRATION_TEXT), text)
+    windows = text_windows(text, Tokenizer.load(folder), gate.window_tokens)[: gate.windows_max]
     checkpoint = SafetensorsCheckpoint(folder)
     reference = float_network(checkpoint, torch.float32, streamed=True)
     states, rows = read_through(reference, windows), []

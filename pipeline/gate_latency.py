@@ -27,7 +27,7 @@ from pipeline.configs import GateLatencyConfig
 from pipeline.progress import track
 from pipeline.statistics import Interval, bootstrap, column
 from pipeline.verdict import Check, write_report
-from pipeline.windows import text_windows
+from pipeline.windows import Text, text_windows
 
 HELD_BYTES = 4 << 30
 """Of an unquantized model: far more than any cache, and what a machine can spare beside the engine."""
@@ -50,7 +50,8 @@ def run(config: GateLatencyConfig, text: Path, engine_folder: Path, report: Path
     engine = Engine.load(engine_folder)
     network = unquantized_network(engine.architecture)
     unquantized = Engine(network, Tokenizer.load(engine_folder), engine.context)
-    prompts = [window.tolist() for window in text_windows(text, engine.tokenizer, config.prompt_tokens)]
+    windows = text_windows(Text.read(text), engine.tokenizer, config.prompt_tokens)
+    prompts = [window.tolist() for window in windows]
     compared = compare(engine, unquantized, prompts, config)
     checks = _checks(compared, config)
     facts = {

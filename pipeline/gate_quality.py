@@ -24,7 +24,7 @@ from pipeline.hub_checkpoint import open_checkpoint
 from pipeline.progress import track
 from pipeline.statistics import Interval, bootstrap, bootstrap_quantile, column
 from pipeline.verdict import Check, write_report
-from pipeline.windows import check_apart, text_windows
+from pipeline.windows import WIKITEXT_2, Text, check_apart, text_windows
 
 HEAD_WINDOWS = 2
 """Whose logits are in memory at a time; more would read the head less often."""
@@ -34,11 +34,13 @@ def run(
     config: GateQualityConfig, text: Path, calibration: Path, checkpoint: Path, int4: Path, report: Path
 ) -> list[Check]:
     """Writes the report and returns the checks. Raises InputError if `text` shares a passage with `calibration`."""
-    check_apart(calibration, text)
-    windows = text_windows(text, Tokenizer.load(int4), config.window_tokens)[: config.windows_max]
+    gate_text = WIKITEXT_2.read() if config.text == "wikitext-2" else Text.read(text)
+    check_apart(Text.read(calibration), gate_text)
+    windows = text_windows(gate_text, Tokenizer.load(int4), config.window_tokens)[: config.windows_max]
     if len(windows) < 2:
         raise InputError(
-            f"{text}: {len(windows)} windows of {config.window_tokens} tokens; give more text or less per window"
+            f"{gate_text.name}: {len(windows)} windows of {config.window_tokens} tokens; give more text or less per "
+            "window"
         )
     quantized = quantized_network(Int4Folder(int4), as_served=True, streamed=True)
     with open_checkpoint(checkpoint) as opened:
@@ -62,6 +64,7 @@ def run(
         "quality",
         checks,
         int4_manifest=manifest_digest(int4),
+        text=gate_text.name,
         tokens=sum(map(len, compared)),
         windows=len(windows),
         activations="int8 per token, emulated",

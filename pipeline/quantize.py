@@ -27,7 +27,7 @@ from model.tokenizer import Tokenizer
 from pipeline.calibration import WINDOW, calibrated_layers
 from pipeline.hub_checkpoint import open_checkpoint
 from pipeline.progress import track
-from pipeline.windows import text_windows
+from pipeline.windows import Text, text_windows
 
 BLOCK_ROWS = 16384
 """Of a matrix that are read at a time."""
@@ -63,7 +63,7 @@ def run(config: Recipe, text: Path, checkpoint_folder: Path, int4: Path, report:
 
 
 def _calibration(recipe: Recipe, text: Path, tokenizer: Path) -> list[Tensor]:
-    windows = text_windows(text, Tokenizer.load(tokenizer), WINDOW)
+    windows = text_windows(Text.read(text), Tokenizer.load(tokenizer), WINDOW)
     if not windows:
         raise InputError(f"{text}: not one window of {WINDOW} tokens to calibrate with; give more text")
     return windows[: max(1, recipe.calibration_tokens // WINDOW)]

@@ -32,7 +32,7 @@ from model.torchchat_format import PARAMS, WEIGHTS, params_of, state_of
 from pipeline.fingerprint import ROOT
 from pipeline.measured import Ended, measured
 from pipeline.progress import quiet_libraries, say
-from pipeline.windows import GATE_TEXT, text_windows
+from pipeline.windows import GATE_TEXT, Text, text_windows
 
 HOME = ROOT / "build/torchchat"
 REQUIREMENTS = ("torchao==0.13.0", "pillow")
@@ -246,7 +246,7 @@ def compare(checkout: Path, build: Path, repetitions: int, threads: int) -> dict
     """Both, in turn, after one round that does not count; prints the medians and their ratios."""
     torchchat = Torchchat(checkout, build, threads)
     tokenizer = Tokenizer.load(build / "engine")
-    prompt = tokenizer.decode(text_windows(ROOT / GATE_TEXT, tokenizer, PROMPT_TOKENS)[0].tolist())
+    prompt = tokenizer.decode(text_windows(Text.read(ROOT / GATE_TEXT), tokenizer, PROMPT_TOKENS)[0].tolist())
     rounds = []
     for number in range(repetitions + 1):
         say(f"round {number} of {repetitions}")

@@ -18,7 +18,7 @@ from model.quantization import quantize
 from model.recipe import Recipe
 from pipeline.calibration import WINDOW
 from pipeline.gate_quality import compare, read_through
-from pipeline.windows import text_windows
+from pipeline.windows import Text, text_windows
 from tests.conftest import TINY
 from tests.model.conftest import load_tokenizer, write_int4, write_random_model
 
@@ -58,7 +58,7 @@ def test_each_product_is_fitted_to_its_inputs_as_quantized(
 
     network = quantized_network(folder, as_served=False)
     monkeypatch.setattr("model.llama.linear", watching)
-    windows = text_windows(checkpoint.parent / "text.txt", load_tokenizer(checkpoint), WINDOW)
+    windows = text_windows(Text.read(checkpoint.parent / "text.txt"), load_tokenizer(checkpoint), WINDOW)
     assert len(windows) > 5
     for tokens in windows:
         sequence_logits(network, tokens)
@@ -80,7 +80,7 @@ def test_each_product_is_fitted_to_its_inputs_as_quantized(
 def test_gptq_is_nearer_to_the_float_model_than_the_search(checkpoint: Path, tmp_path: Path) -> None:
     """On the text it was fitted to; on other text the quality gate judges it."""
     reference = float_network(SafetensorsCheckpoint(checkpoint), torch.float32)
-    windows = text_windows(checkpoint.parent / "text.txt", load_tokenizer(checkpoint), WINDOW)[:4]
+    windows = text_windows(Text.read(checkpoint.parent / "text.txt"), load_tokenizer(checkpoint), WINDOW)[:4]
     divergences, states = [], read_through(reference, windows)
     for method in ("search", "gptq"):
         folder = quantized(checkpoint, replace(RECIPE, method=method), tmp_path / method)

@@ -22,7 +22,7 @@ from pipeline import build_cache, gate_cache, gate_quality, report
 from pipeline.configs import GateCacheConfig, GateQualityConfig, ReportConfig, embedded
 from pipeline.gate_quality import compare_logits
 from pipeline.verdict import Check
-from pipeline.windows import CALIBRATION_TEXT, DOCUMENT_BREAK, check_apart, text_windows
+from pipeline.windows import CALIBRATION_TEXT, DOCUMENT_BREAK, Text, check_apart, text_windows
 from tests.conftest import ROOT
 from tests.pipeline.conftest import Ended, Run, cli, from_folder
 
@@ -78,6 +78,7 @@ def tiny_build(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 QUALITY = GateQualityConfig(
+    text="own",
     window_tokens=32,
     windows_max=8,
     confidence=0.95,
@@ -151,7 +152,7 @@ def test_quality_gate_refuses_text_that_models_are_calibrated_with(
     with pytest.raises(InputError, match=r"share 'the road was paved with 3 yellow bricks\.': take it out of one"):
         gate_quality.run(QUALITY, text, calibration, tiny_build / "checkpoint", tiny_build / "int4", tmp_path / "out")
     calibration.write_text("Once the road was\npaved with 3 yellow stones. And then?")
-    check_apart(calibration, text)
+    check_apart(Text.read(calibration), Text.read(text))
 
 
 def quality_run(run: Run, model: Path, build: Path, **limits: float) -> Ended:
@@ -219,7 +220,7 @@ def test_windows_are_full_and_stay_within_one_document(tiny_build: Path, tmp_pat
     tokenizer = Tokenizer.load(tiny_build / "int4")
     text = tmp_path / "text.txt"
     text.write_text(f"aaaaaaaa\n{DOCUMENT_BREAK}\nbbbbbbb\n{DOCUMENT_BREAK}\ncccc")
-    windows = text_windows(text, tokenizer, 4)
+    windows = text_windows(Text.read(text), tokenizer, 4)
     assert [tokenizer.decode(window.tolist()) for window in windows] == ["aaaa", "aaaa", "bbbb", "cccc"]
 
 
