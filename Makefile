@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench bench-quality bench-8b bench-torchchat test-8b lock clean
+.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench bench-quality bench-8b bench-torchchat test-8b bench-tasks test-tasks lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -23,7 +23,7 @@ serve: setup ## serve the OpenAI-compatible HTTP interface on HOST and PORT
 	@EMERALD_BUILD=$${EMERALD_BUILD:-build/$(CONFIG)} $(RUN) -m serving serve
 
 test: setup ## run the tests (about a quarter of an hour on 2 cores)
-	@$(RUN) -m pytest tests --ignore=tests/resilience $(ARGS)
+	@$(RUN) -m pytest tests --ignore=tests/resilience --ignore=tests/tasks $(ARGS)
 
 ARM_KERNEL_TESTS := tests/model/test_int4_linear.py tests/model/test_cpu.py
 ARM_TESTS ?= $(ARM_KERNEL_TESTS) tests/model/test_kernels.py tests/arm64
@@ -60,6 +60,19 @@ bench-quality: setup ## our recipes beside torchao's and llama.cpp's int4, on th
 bench-8b: setup ## quantize, export and serve at Llama 3.1 8B's size, with synthetic weights (40 GB of disk, half an hour)
 	@$(RUN) -m pipeline run fetch
 	@$(RUN) -m pipeline.bench_8b $(ARGS)
+
+LM_EVAL := $(RUN) -m pip install --quiet --requirement requirements/tasks.txt \
+	--constraint requirements/linux-$(shell uname -m).txt
+TASKS ?= arc_easy,hellaswag
+bench-tasks: setup ## int4 beside the reference, question by question; TASKS=arc_easy,hellaswag ARGS="--limit 200"
+	@$(LM_EVAL)
+	@$(RUN) -m pipeline run quantize --config $(CONFIG)
+	@$(RUN) -m pipeline.bench_tasks --config $(CONFIG) --tasks $(TASKS) $(ARGS)
+
+test-tasks: setup ## the comparison through lm-evaluation-harness, on a task of our own
+	@$(LM_EVAL)
+	@$(RUN) -m pipeline run quantize
+	@$(RUN) -m pytest tests/tasks $(ARGS)
 
 bench-torchchat: setup ## the real torchchat beside us; TORCHCHAT_DIR=path of a checkout
 	@$(RUN) -m pipeline run export --config $(CONFIG)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta
+from scipy.stats import beta, binomtest
 
 Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """Takes mean measurements [..., M] to values [...]."""
@@ -34,6 +34,14 @@ def share_upper(k: int, n: int, confidence: float) -> float:
 def share_lower(k: int, n: int, confidence: float) -> float:
     """One-sided Clopper-Pearson lower limit of a share seen as k of n; 0 when nothing was seen."""
     return 0.0 if k == 0 else float(beta.ppf(1 - confidence, k, n - k + 1))
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Chance of `lost` or more of the questions on which two models differ, were each as likely won; one-sided, exact.
+
+    McNemar 1947, "Note on the sampling error of the difference between correlated proportions".
+    """
+    return float(binomtest(lost, lost + won, alternative="greater").pvalue) if lost + won else 1.0
 
 
 def column(index: int, over: int | None = None) -> Statistic:

@@ -83,6 +83,8 @@ class Handler(BaseHTTPRequestHandler):
         if parts[0] == "cdn":
             self._content(self.hub.folder / "/".join(parts[1:]))
             return
+        if parts[0] == "datasets":
+            parts = parts[1:]
         listing = parts[0] == "api"
         owner, name, verb, revision, *file = parts[2:] if listing else parts
         repository = f"{owner}/{name}"

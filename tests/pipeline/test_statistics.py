@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from pipeline.statistics import bootstrap, bootstrap_quantile, share_lower, share_upper
+from pipeline.statistics import bootstrap, bootstrap_quantile, mcnemar, share_lower, share_upper
 
 
 def mean(measurements: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -92,3 +92,9 @@ def test_quantile_is_of_all_measurements_and_its_limits_of_whole_blocks() -> Non
     assert even == (1.0, 1.0, 1.0)
     mixed = bootstrap_quantile(0.95, [small] * 20 + [large] * 20, 0.95)
     assert (mixed.lower, mixed.upper) == (1.0, 5.0)
+
+
+@pytest.mark.parametrize(("lost", "won", "expected"), [(0, 0, 1.0), (0, 5, 1.0), (5, 0, 1 / 32), (3, 1, 5 / 16)])
+def test_mcnemar_counts_the_coins_that_fall_so(lost: int, won: int, expected: float) -> None:
+    """Of 2^n ways in which n fair coins fall, those with at least `lost` heads."""
+    assert mcnemar(lost, won) == pytest.approx(expected)
