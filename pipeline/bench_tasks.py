@@ -3,8 +3,9 @@
     make bench-tasks CONFIG=llama31-8b TASKS=arc_easy,hellaswag
 
 The models are compared question by question and not by two averages: McNemar's exact test of those that only one of
-them answers rightly. A task fails if int4 is worse beyond what chance explains. Weights stream layer by layer, so 8B fits
-where its quality gate does. Multiple-choice tasks only; any folder of the harness's task files can be added. Exit codes: 0 done, 1 a task is worse, 2 bad input. The last line is JSON.
+them answers rightly. A task fails if int4 is worse beyond what chance explains. Weights stream layer by layer, so 8B
+fits where its quality gate does. Multiple-choice tasks only; any folder of the harness's task files can be added. Exit
+codes: 0 done, 1 a task is worse, 2 bad input. The last line is JSON.
 """
 
 import argparse
