@@ -11,7 +11,7 @@ codes: 0 done, 1 a task is worse, 2 bad input. The last line is JSON.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,13 @@ def answers(
     return found
 
 
+def only_right(one: Mapping[int, bool], other: Mapping[int, bool]) -> int:
+    """Questions that `one` answers rightly and `other` does not. Raises InputError if they were not asked the same."""
+    if one.keys() != other.keys():
+        raise InputError(f"{len(one.keys() ^ other.keys())} questions were put to one model only; report this task")
+    return sum(right and not other[question] for question, right in one.items())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a line for each task, and JSON as its last line."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.bench_tasks", description=__doc__,
@@ -153,8 +160,7 @@ def compare(build: Path, options: argparse.Namespace) -> int:
     checks, rows = [], {}
     for task, right in reference.items():
         other = quantized[task]
-        lost = sum(right[question] and not other[question] for question in right)
-        won = sum(other[question] and not right[question] for question in right)
+        lost, won = only_right(right, other), only_right(other, right)
         p = mcnemar(lost, won)
         rows[task] = {
             "questions": len(right),

@@ -14,7 +14,7 @@ from model.errors import InputError
 from model.llama import sequence_logits
 from model.networks import float_network
 from model.tokenizer import Tokenizer, chat_settings
-from pipeline.bench_tasks import Scored, main
+from pipeline.bench_tasks import Scored, main, only_right
 from tests.conftest import ROOT
 
 QUESTIONS = [
@@ -91,6 +91,21 @@ def test_both_models_answer_and_are_compared(build: Path, tasks: Path, capsys: p
     assert found["reference"] >= 0.75 and found["int4"] >= 0.6  # a third by chance; SmolLM2 knows these
     share = (found["only_int4_right"] - found["only_reference_right"]) / len(QUESTIONS)
     assert found["int4"] - found["reference"] == pytest.approx(share)
+
+
+def test_a_model_that_cannot_pass_ends_with_1(build: Path, tasks: Path) -> None:
+    """No chance is above 1, so a limit above it is never met."""
+    arguments = ["--build", str(build), "--tasks", "plain_questions", "--include", str(tasks), "--limit", "2"]
+    assert main([*arguments, "--p-min", "1.1"]) == 1
+    assert json.loads((build / "reports/tasks.json").read_text())["passed"] is False
+
+
+def test_questions_are_paired() -> None:
+    reference = {0: True, 1: True, 2: True, 3: False, 4: False}
+    int4 = {0: True, 1: False, 2: False, 3: True, 4: False}
+    assert (only_right(reference, int4), only_right(int4, reference)) == (2, 1)
+    with pytest.raises(InputError, match="2 questions were put to one model only"):
+        only_right({0: True, 1: True}, {1: True, 2: True})
 
 
 @pytest.mark.parametrize(
