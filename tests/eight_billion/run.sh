@@ -16,38 +16,39 @@ revision=$($python -c 'from pipeline.configs import llama31_8b; print(llama31_8b
 port=${PORT:-8085}
 
 [ -d $served ] || $python -m pipeline.synthetic $served
-mkdir -p $disk
-truncate -s 14000000000 $disk.img
-mkfs.ext4 -q -F -m 0 $disk.img
-mount -o loop $disk.img $disk
-
 if [ -f /sys/fs/cgroup/cgroup.controllers ]; then
     cgroup=/sys/fs/cgroup/$group limit=memory.max peak=memory.peak
 else
     cgroup=/sys/fs/cgroup/memory/$group limit=memory.limit_in_bytes peak=memory.max_usage_in_bytes
 fi
+hub='' watcher=''
+finish() {
+    # shellcheck disable=SC2086
+    { kill $hub $watcher && wait $hub $watcher; } 2>/dev/null || true
+    echo "most memory in the control group, page cache included: $(cat "$cgroup/$peak") bytes of 16000000000"
+    echo "most disk: $(cat $disk.most) KiB of $((14000000000 / 1024))"
+    rmdir "$cgroup" || true
+    umount $disk || true
+    rm -f $disk.img $disk.most
+}
+trap finish EXIT
+echo 0 >$disk.most
+mkdir -p $disk
+truncate -s 14000000000 $disk.img
+mkfs.ext4 -q -F -m 0 $disk.img
+mount -o loop $disk.img $disk
+
 mkdir "$cgroup"
 echo 16000000000 >"$cgroup/$limit"
 
 $python -m tests.hub $served --repository $model --revision "$revision" --port "$port" 2>/dev/null &
 hub=$!
 most=0
-finish() {
-    kill $hub $watcher 2>/dev/null || true
-    wait $hub $watcher 2>/dev/null || true
-    echo "most memory in the control group, page cache included: $(cat "$cgroup/$peak") bytes of 16000000000"
-    echo "most disk: $(cat $disk.most) KiB of $((14000000000 / 1024))"
-    rmdir "$cgroup" || true
-    umount $disk
-    rm -f $disk.img $disk.most
-}
-echo 0 >$disk.most
 while sleep 1; do
     used=$(df -k --output=used $disk | tail -1)
     if [ "$used" -gt "$most" ]; then most=$used && echo "$most" >$disk.most; fi
 done &
 watcher=$!
-trap finish EXIT
 
 # Random weights are no language: how far int4 is from them says nothing, and no limit is set to it.
 lax="--set gate_quality.kl_mean_max=1000 --set gate_quality.same_top1_min=0 --set gate_quality.perplexity_ratio_max=1000"
