@@ -19,6 +19,7 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
+from torch import Tensor
 
 from model.artifact import manifest_digest
 from model.errors import InputError
@@ -35,8 +36,12 @@ from pipeline.verdict import Check, write_report
 
 PASS_TOKENS = 32768
 """That go through the layers together: their hidden states are in memory, and each pass reads every weight."""
+HEAD_TOKENS = 512
+"""Whose logits are in memory together; a streamed head is read once for each such group."""
 Pair = tuple[tuple[str, str], list[int], list[int]]
 """Context and continuation, as text and as tokens."""
+Tokens = tuple[tuple[int, ...], tuple[int, ...]]
+"""Context and continuation as tokens."""
 
 
 class Scored(TemplateLM):  # type: ignore[misc]  # the harness has no types
@@ -58,18 +63,18 @@ class Scored(TemplateLM):  # type: ignore[misc]  # the harness has no types
         for (context, _text), before, after in requests:
             if len(before) + len(after) > most:
                 raise InputError(f"a question of {len(before) + len(after)} tokens, more than {most}: {context[:60]!r}")
-        # Choices of one question share its beginning, and many are asked twice.
         distinct = sorted({(tuple(before), tuple(after)) for _, before, after in requests}, key=_length)
-        found: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[float, bool]] = {}
+        found: dict[Tokens, tuple[float, bool]] = {}
         with torch.inference_mode():
-            for some in _passes(distinct):
-                windows = [torch.tensor([*before, *after])[:-1] for before, after in some]
-                states = read_through(self.network, windows)
-                for (before, after), state_TD in zip(track(some, "scoring"), states, strict=True):
-                    logits_AV = self.network.head(state_TD[len(before) - 1 :])
-                    wanted_A = torch.tensor(after)
-                    likely_A = logits_AV.double().log_softmax(dim=-1).gather(1, wanted_A[:, None])
-                    found[before, after] = float(likely_A.sum()), bool((logits_AV.argmax(dim=-1) == wanted_A).all())
+            for some in grouped(distinct, [_length(pair) for pair in distinct], PASS_TOKENS):
+                states = read_through(self.network, [torch.tensor([*before, *after])[:-1] for before, after in some])
+                # What comes before the first token of the continuation predicts it.
+                ends = {pair: state_TD[len(pair[0]) - 1 :] for pair, state_TD in zip(some, states, strict=True)}
+                parts = grouped(some, [len(after) for _, after in some], HEAD_TOKENS)
+                for part in track(parts, "scoring"):
+                    logits = self.network.head(torch.cat([ends[pair] for pair in part]))
+                    for pair, logits_AV in zip(part, logits.split([len(after) for _, after in part]), strict=True):
+                        found[pair] = _likelihood(logits_AV, torch.tensor(pair[1]))
         return [found[tuple(before), tuple(after)] for _, before, after in requests]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -79,20 +84,26 @@ class Scored(TemplateLM):  # type: ignore[misc]  # the harness has no types
         raise InputError("a task that generates text, which would take days here: choose multiple-choice tasks")
 
 
-def _length(pair: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
+def _likelihood(logits_AV: Tensor, wanted_A: Tensor) -> tuple[float, bool]:
+    likely_A = logits_AV.double().log_softmax(dim=-1).gather(1, wanted_A[:, None])
+    return float(likely_A.sum()), bool((logits_AV.argmax(dim=-1) == wanted_A).all())
+
+
+def _length(pair: Tokens) -> int:
     return len(pair[0]) + len(pair[1])
 
 
-def _passes(pairs: Sequence[Any]) -> list[list[Any]]:
-    passes: list[list[Any]] = [[]]
+def grouped(items: Sequence[Tokens], sizes: Sequence[int], most: int) -> list[list[Tokens]]:
+    """In their order, in groups of at most `most` together; what is larger is a group by itself."""
+    groups: list[list[Tokens]] = []
     held = 0
-    for pair in pairs:
-        if held + _length(pair) > PASS_TOKENS and passes[-1]:
-            passes.append([])
+    for item, size in zip(items, sizes, strict=True):
+        if not groups or held + size > most:
+            groups.append([])
             held = 0
-        passes[-1].append(pair)
-        held += _length(pair)
-    return passes
+        groups[-1].append(item)
+        held += size
+    return groups
 
 
 def answers(

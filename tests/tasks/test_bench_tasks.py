@@ -14,7 +14,7 @@ from model.errors import InputError
 from model.llama import sequence_logits
 from model.networks import float_network
 from model.tokenizer import Tokenizer, chat_settings
-from pipeline.bench_tasks import Scored, main, only_right
+from pipeline.bench_tasks import Scored, grouped, main, only_right
 from tests.conftest import ROOT
 
 QUESTIONS = [
@@ -60,7 +60,11 @@ def build(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_likelihoods_are_those_of_whole_sequences(tiny: Scored) -> None:
+@pytest.mark.parametrize("most", [1, 12, 10_000])
+def test_likelihoods_are_those_of_whole_sequences(tiny: Scored, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tokens are computed together."""
+    monkeypatch.setattr("pipeline.bench_tasks.PASS_TOKENS", most)
+    monkeypatch.setattr("pipeline.bench_tasks.HEAD_TOKENS", most)
     network, tokenizer = tiny.network, tiny.tokens
     pairs = [("One two", " three"), ("One two", " four"), ("Long ago", " a road"), ("One two", " three")]
     asked = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
@@ -98,6 +102,12 @@ def test_a_model_that_cannot_pass_ends_with_1(build: Path, tasks: Path) -> None:
     arguments = ["--build", str(build), "--tasks", "plain_questions", "--include", str(tasks), "--limit", "2"]
     assert main([*arguments, "--p-min", "1.1"]) == 1
     assert json.loads((build / "reports/tasks.json").read_text())["passed"] is False
+
+
+def test_groups_keep_order_and_size() -> None:
+    items = [((number,), (number,)) for number in range(5)]
+    groups = grouped(items, [3, 2, 9, 1, 4], 5)
+    assert groups == [items[:2], items[2:3], items[3:]]
 
 
 def test_questions_are_paired() -> None:
