@@ -131,10 +131,20 @@ def compile_programs(
 
 
 def compile_module(
-    module: torch.nn.Module, arguments: tuple[Any, ...], shapes: Any, path: Path, target: str | None = None
+    module: torch.nn.Module,
+    arguments: tuple[Any, ...],
+    shapes: Any,
+    path: Path,
+    target: str | None = None,
+    *,
+    freezing: bool = False,
 ) -> None:
-    """Exports a module and packages its native code at `path` (.pt2) for a CPU family, or this one. Needs g++."""
+    """Exports a module and packages its native code at `path` (.pt2) for a CPU family, or this one. Needs g++.
+
+    `freezing` folds the module's own weights into the program, laid out for the library that multiplies them.
+    """
     from torch._inductor import aoti_compile_and_package
+    from torch._inductor import config as inductor
 
     target = target or family()
     options = {
@@ -144,7 +154,12 @@ def compile_module(
         "cpp.simdlen": VECTOR_BITS[target.partition("+")[0]],
         "aot_inductor.custom_ops_to_c_shims": declare(),
     }
-    with torch.no_grad(), warnings.catch_warnings(), _compiler_scratch(target) as cxx:
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        _compiler_scratch(target) as cxx,
+        inductor.patch(freezing=freezing),
+    ):
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytree classes
         exported = torch.export.export(module.eval(), arguments, dynamic_shapes=shapes)
         aoti_compile_and_package(exported, package_path=str(path), inductor_configs={**options, "cpp.cxx": (str(cxx),)})

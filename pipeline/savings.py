@@ -17,6 +17,7 @@ from model.artifact import write_json
 from model.engine import Engine
 from pipeline.configs import SavingsConfig
 from serving.cache import Cache
+from serving.certificate import admit
 from serving.embedder import Embedder
 
 SEARCHES = 50
@@ -28,17 +29,19 @@ def run(
     embedder_folder: Path,
     cache_folder: Path,
     engine_folder: Path,
+    certificate: Path,
     cache_report: Path,
     report: Path,
 ) -> None:
     """Writes the savings report."""
     cache = Cache(cache_folder, Embedder(embedder_folder))
+    admit(cache, certificate)
     engine = Engine.load(engine_folder)
     search = _search_cost(cache)
     prompt_cost, token_cost = _reply_costs(engine, cache)
     reply = prompt_cost + config.reply_tokens * token_cost
-    hits = json.loads(cache_report.read_text(encoding="utf-8"))["served_hits"]
-    wrong = hits["false"] / hits["n"] if hits["n"] else 0.0
+    chosen = json.loads(cache_report.read_text(encoding="utf-8"))["chosen"]
+    wrong = chosen["false"] / chosen["hits"] if chosen["hits"] else 0.0
     rows = [{"hit_rate": h, "saved_share": round(h * (1 - wrong) - search / reply, 4)} for h in config.hit_rates]
     write_json(
         report,

@@ -9,8 +9,10 @@ from pipeline.windows import CALIBRATION_TEXT, GATE_TEXT
 CHECKPOINT = Path("checkpoint")
 INT4 = Path("int4")
 ENGINE = Path("engine")
+TRAINED = Path("trained")
 EMBEDDER = Path("embedder")
 CACHE = Path("cache")
+CERTIFICATE = Path("certificate.json")
 QUANTIZATION = Path("reports/quantization.json")
 CACHE_REPORT = Path("reports/cache.json")
 QUALITY = Path("reports/quality.json")
@@ -19,6 +21,7 @@ SAVINGS = Path("reports/savings.json")
 SUMMARY = Path("reports/summary.md")
 
 ENTRIES = Path("cache_data/entries")
+CONTRAST = Path("cache_data/contrast")
 VALIDATION = Path("cache_data/validation")
 PERSONA = Path("cache_data/persona.yaml")
 PROLOGUE = Path("cache_data/prologue.yaml")
@@ -46,24 +49,26 @@ def table(config: Config) -> tuple[Stage, ...]:
         ),
         Stage(name="export", config=config.export, inputs=(INT4,), outputs=(ENGINE,)),
         Stage(
-            name="export_embedder",
-            config=config.export_embedder,
-            sources=_folder_of(config.export_embedder.source),
-            outputs=(EMBEDDER,),
+            name="train_embedder",
+            config=config.train_embedder,
+            sources=(ENTRIES, CONTRAST, SCHEMA, *_folder_of(config.train_embedder.source)),
+            outputs=(TRAINED,),
         ),
+        Stage(name="export_embedder", config=config.export_embedder, inputs=(TRAINED,), outputs=(EMBEDDER,)),
         Stage(
             name="build_cache",
             config=config.build_cache,
-            sources=(ENTRIES, PERSONA, PROLOGUE, SCHEMA),
+            sources=(ENTRIES, CONTRAST, PERSONA, PROLOGUE, SCHEMA),
             inputs=(EMBEDDER,),
             outputs=(CACHE,),
+            resumable=True,
         ),
         Stage(
-            name="gate_cache",
-            config=config.gate_cache,
-            sources=(VALIDATION, SCHEMA),
+            name="certify_cache",
+            config=config.certify_cache,
+            sources=(ENTRIES, CONTRAST, VALIDATION, SCHEMA),
             inputs=(EMBEDDER, CACHE),
-            outputs=(CACHE_REPORT,),
+            outputs=(CERTIFICATE, CACHE_REPORT),
         ),
         Stage(
             name="gate_latency",
@@ -75,7 +80,7 @@ def table(config: Config) -> tuple[Stage, ...]:
         Stage(
             name="savings",
             config=config.savings,
-            inputs=(EMBEDDER, CACHE, ENGINE, CACHE_REPORT),
+            inputs=(EMBEDDER, CACHE, ENGINE, CERTIFICATE, CACHE_REPORT),
             outputs=(SAVINGS,),
         ),
         Stage(

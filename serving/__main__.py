@@ -10,7 +10,7 @@ from model.errors import InputError
 from model.sampling import Sampling
 from model.tokenizer import Message
 from serving.answer import Reply, Storyteller
-from serving.cache import Hit
+from serving.cache import Hit, Miss
 from serving.settings import Settings
 
 EPILOG = """examples:
@@ -20,7 +20,7 @@ EPILOG = """examples:
   python -m serving chat
   PORT=9000 python -m serving serve
 
-environment: EMERALD_BUILD, HOST, PORT, EMERALD_THREADS, EMERALD_WAITING, EMERALD_REPLY_TOKENS"""
+environment: EMERALD_BUILD, HOST, PORT, EMERALD_THREADS, EMERALD_WAITING, EMERALD_REPLY_TOKENS, EMERALD_REVOKED"""
 DRAIN_SECONDS = 30
 """How long a stopping server lets replies finish."""
 CHAT_HELP = "Type what you do or ask. /new starts over, /quit leaves, Ctrl-C stops a reply."
@@ -74,15 +74,20 @@ def chat(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def explain(settings: Settings, options: argparse.Namespace) -> int:
-    """Prints what the cache considered for a question, and its decision."""
-    storyteller = Storyteller(settings)
-    found = storyteller.cache.lookup(options.question)
-    if isinstance(found, Hit):
-        print(f"hit: {found.entry}, {found.tier} match of {found.phrasing!r} at cosine {found.similarity:.3f}")
-    else:
-        print(f"miss: {found.reason}")
-        if found.nearest:
-            print(f"nearest: {found.nearest} at cosine {found.similarity:.3f}")
+    """Prints what the cache considered for a question, each guard's verdict, and its decision."""
+    cache = Storyteller(settings).cache
+    answer = cache.lookup(options.question)
+    print(f"hit: {answer.entry}, {answer.tier} match" if isinstance(answer, Hit) else f"miss: {answer.reason}")
+    found = cache.consider(options.question)
+    if isinstance(found, Miss) or (isinstance(answer, Hit) and answer.tier == "exact"):
+        return 0
+    limit = "no certified threshold" if cache.threshold is None else f"{cache.threshold:g} is certified"
+    print(f"nearest   {found.similarity:.3f}  {found.phrasing!r} of {found.entry}")
+    print(f"rival     {found.rival_similarity:.3f}  {found.rival!r}")
+    print(f"novelty   {found.novelty:.3f}")
+    print(f"score     {found.score:.3f}  ({limit})")
+    for guard in cache.policy["guards"]:
+        print(f"guard     {guard}: {found.objections.get(guard, 'no objection')}")
     return 0
 
 
@@ -125,7 +130,8 @@ def _print_reply(reply: Reply) -> str:
 
 def _origin(reply: Reply, timing: Timing) -> str:
     if reply.cached is not None:
-        certainty = "exact match" if reply.cached.tier == "exact" else "semantic match, not certified"
+        proof = reply.certificate
+        certainty = f"wrong at most {proof.bound:.1%} of the time, certified" if proof else "exact match"
         return f"[cache: {reply.cached.entry}, {certainty}; {1e3 * timing.ttft_s:.1f} ms]"
     speed = f", {1 / timing.tpot_s:.1f} tokens/s" if timing.tpot_s else ""
     return (

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ from model.errors import InputError
 from model.sampling import Sampling
 from model.tokenizer import Message
 from serving.cache import Cache, Hit, Miss
+from serving.certificate import Certificate, admit
 from serving.embedder import Embedder
 from serving.settings import Settings
 
@@ -27,6 +29,8 @@ class Reply:
 
     cached: Hit | None
     """The ready answer, or None if the model answers."""
+    certificate: Certificate | None
+    """What vouches for a semantic match; None for an exact one, and for the model."""
     miss: str | None
     """Why the cache had no answer; None on a hit."""
     prompt_tokens: int
@@ -41,7 +45,8 @@ class Storyteller:
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.threads or available_cores())
         self._settings = settings
-        self.cache = Cache(settings.folder("cache"), Embedder(settings.folder("embedder")))
+        self.cache = Cache(settings.folder("cache"), Embedder(settings.folder("embedder")), settings.revoked_entries)
+        self.certificate = admit(self.cache, Path(settings.build) / "certificate.json")
 
     @cached_property
     def engine(self) -> Engine:
@@ -61,10 +66,18 @@ class Storyteller:
         found = self.cache.lookup(conversation[-1]["content"]) if use_cache else Miss(reason="the cache was bypassed")
         if isinstance(found, Hit):
             pieces = _spoken(found.answer, time.perf_counter() - start)
-            return Reply(cached=found, miss=None, prompt_tokens=0, dropped_turns=0, pieces=pieces)
+            proof = self.certificate if found.tier == "semantic" else None
+            return Reply(cached=found, certificate=proof, miss=None, prompt_tokens=0, dropped_turns=0, pieces=pieces)
         tokens, dropped = self._prompt(conversation, sampling)
         pieces = timed(self.engine.generate(tokens, sampling))
-        return Reply(cached=None, miss=found.reason, prompt_tokens=len(tokens), dropped_turns=dropped, pieces=pieces)
+        return Reply(
+            cached=None,
+            certificate=None,
+            miss=found.reason,
+            prompt_tokens=len(tokens),
+            dropped_turns=dropped,
+            pieces=pieces,
+        )
 
     def _prompt(self, conversation: Sequence[Message], sampling: Sampling) -> tuple[list[int], int]:
         """The persona and as many of the latest turns as leave room for the reply."""

@@ -233,10 +233,17 @@ def _sampling(request: ChatRequest, settings: Settings) -> Sampling:
 
 
 def _origin_headers(reply: Reply) -> dict[str, str]:
-    """Where the answer came from; the tier says that a semantic match is not certified."""
+    """Where the answer came from; for a semantic match, by which certificate, and how often it is wrong at most."""
     if reply.cached is not None:
-        certainty = "exact" if reply.cached.tier == "exact" else "semantic; uncertified"
-        return {"X-Emerald-Source": "cache", "X-Emerald-Entry": reply.cached.entry, "X-Emerald-Tier": certainty}
+        origin = {
+            "X-Emerald-Source": "cache",
+            "X-Emerald-Entry": reply.cached.entry,
+            "X-Emerald-Tier": reply.cached.tier,
+        }
+        if reply.certificate is not None:
+            origin["X-Emerald-Certificate"] = reply.certificate.identity
+            origin["X-Emerald-False-Hit-Bound"] = f"{reply.certificate.bound:.4f}"
+        return origin
     return {"X-Emerald-Source": "model", "X-Emerald-Dropped-Turns": str(reply.dropped_turns)}
 
 

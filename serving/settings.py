@@ -25,6 +25,8 @@ class Settings(Checked):
     """EMERALD_WAITING: requests that may wait for the model; more are refused with 429."""
     reply_tokens_max: Annotated[int, Range(1, 131072)] = 512
     """EMERALD_REPLY_TOKENS: most tokens of one reply, and the default."""
+    revoked: str = ""
+    """EMERALD_REVOKED: ids of ready answers that are no longer given, separated by commas."""
 
     @classmethod
     def from_environment(cls) -> "Settings":
@@ -36,6 +38,11 @@ class Settings(Checked):
             if variable in os.environ
         }
         return cls(**values)  # type: ignore[arg-type]
+
+    @property
+    def revoked_entries(self) -> frozenset[str]:
+        """The ids in `revoked`."""
+        return frozenset(filter(None, (name.strip() for name in self.revoked.split(","))))
 
     def folder(self, name: str) -> Path:
         """One artifact's folder; InputError if nothing was built there."""
@@ -52,4 +59,5 @@ VARIABLES = {
     "threads": "EMERALD_THREADS",
     "waiting_max": "EMERALD_WAITING",
     "reply_tokens_max": "EMERALD_REPLY_TOKENS",
+    "revoked": "EMERALD_REVOKED",
 }
