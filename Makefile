@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench bench-quality bench-8b bench-torchchat test-8b bench-tasks test-tasks lock clean
+.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench bench-quality bench-cache bench-8b bench-torchchat test-8b bench-tasks test-tasks lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -56,6 +56,10 @@ count-arm64: setup ## instructions per decoded token on emulated Arm, with Kleid
 bench-quality: setup ## our recipes beside torchao's and llama.cpp's int4, on the embedded model
 	@$(RUN) -m pipeline run fetch --config $(CONFIG)
 	@$(RUN) -m pipeline.bench_quality --config $(CONFIG)
+
+bench-cache: setup ## the cache's decision beside its peers', and what a lookup costs
+	@$(RUN) -m pipeline run certify_cache --config $(CONFIG) $(ARGS)
+	@$(RUN) -m pipeline.bench_cache --build build/$(CONFIG)
 
 bench-8b: setup ## quantize, export and serve at Llama 3.1 8B's size, with synthetic weights (40 GB of disk, half an hour)
 	@$(RUN) -m pipeline run fetch

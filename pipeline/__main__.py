@@ -1,4 +1,4 @@
-"""The pipeline's command line: python -m pipeline run | list | settings | explain | status."""
+"""The pipeline's command line: python -m pipeline run | list | settings | explain | status | check-data."""
 
 import argparse
 import shutil
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from model.errors import InputError
 from model.fields import describe
+from pipeline import check_data as author_check
 from pipeline.configs import CONFIGS, Config, named_config, with_settings
 from pipeline.fingerprint import ROOT
 from pipeline.progress import quiet_libraries, say
@@ -28,6 +29,7 @@ EPILOG = """examples:
   python -m pipeline run quantize --set quantize.scheme=int4-channel
   python -m pipeline run --config llama31-8b               Llama 3.1 8B, with HF_TOKEN set
   python -m pipeline explain build_cache                   what changed since it last ran
+  python -m pipeline check-data                            what is wrong or doubtful in cache_data
 
 exit codes: 0 done, 1 a gate failed, 2 bad input, 3 a defect of the pipeline itself"""
 
@@ -109,6 +111,16 @@ def status(build: Build, _options: argparse.Namespace) -> int:
     return DONE
 
 
+def check_data(build: Build, options: argparse.Namespace) -> int:
+    """Prints what is wrong in cache_data, with file and line, what is doubtful, and what would be worth adding."""
+    found = author_check.check(Path(options.data), build.folder, options.misses)
+    for kind, lines in found._asdict().items():
+        for line in lines:
+            print(f"{kind.removesuffix('s')}: {line}")
+    say(", ".join(f"{len(lines)} {kind}" for kind, lines in found._asdict().items()))
+    return BAD_INPUT if found.errors else DONE
+
+
 def _print_outcomes(outcomes: Sequence[Outcome]) -> None:
     rows = Table("stage", "state", "seconds", "verdict", box=None, header_style="bold", padding=(0, 2, 0, 0))
     for outcome in outcomes:
@@ -150,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         (settings, "settings", "print every field that --set can change, and its range"),
         (explain, "explain", "say why a stage would run"),
         (status, "status", "say where every stage stands"),
+        (check_data, "check-data", "say what is wrong or doubtful in cache_data"),
     ):
         chosen = commands.add_parser(name, parents=[common], help=what, description=command.__doc__)
         chosen.set_defaults(command=command)
@@ -161,6 +174,11 @@ def _parser() -> argparse.ArgumentParser:
                 help=f"only these and what they need (default: all): {', '.join(STAGES)}",
             )
             chosen.add_argument("--force", action="store_true", help="run them even if nothing changed")
+        if command is check_data:
+            chosen.add_argument("--data", default="cache_data", metavar="FOLDER", help="default: cache_data")
+            chosen.add_argument(
+                "--misses", type=Path, metavar="FILE", help="missed questions, one a line, to suggest phrasings from"
+            )
         if command is explain:
             chosen.add_argument("stage", metavar="STAGE")
     return parser

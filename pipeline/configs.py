@@ -216,7 +216,7 @@ def embedded() -> Config:
         certify_cache=CertifyCacheConfig(
             confidence=0.95,
             risk=0.02,
-            grid=(0.6, 0.55, 0.5, 0.45, 0.4),
+            grid=(0.46, 0.44, 0.42, 0.4, 0.38),
             required=True,
             recall_min=0.65,
             out_of_domain_rejected_min=0.995,

@@ -1,6 +1,8 @@
 """What tests share: the tree's root and small real models, made once per session."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,10 @@ def write_tiny_model(folder: Path, architecture: Architecture = TINY, seed: int 
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama as a folder source; do not write to it."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def embedded_build() -> Path:
+    """build/embedded with engine, embedder, cache and certificate; only what is out of date is built."""
+    subprocess.run([sys.executable, "-m", "pipeline", "run", "export", "certify_cache"], cwd=ROOT, check=True)
+    return ROOT / "build/embedded"

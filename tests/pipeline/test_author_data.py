@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 
 from model.errors import InputError
-from pipeline.author_data import Entry, ValidationQuestion, read_document, read_entries, read_validation, texts_of
-from serving.cache import normalise
+from pipeline.author_data import (
+    Entry,
+    Question,
+    check_apart,
+    read_contrast,
+    read_document,
+    read_entries,
+    read_validation,
+    texts_of,
+)
 from tests.conftest import ROOT
 
 DATA = ROOT / "cache_data"
@@ -140,7 +148,8 @@ def test_folder_without_entries(tmp_path: Path) -> None:
 def validation(tmp_path: Path) -> Path:
     """A sound validation set about the intents `first` and `second`."""
     questions = {
-        "paraphrases": '- {question: "Paraphrase?", intent: first}\n- {question: "Another?", intent: second}\n',
+        "paraphrases": '- {question: "Paraphrase?", intent: first}\n'
+        '- {question: "Another?", intent: second, style: short, also: [first]}\n',
         "near_misses": '- {question: "Trap?", kind: negation, near: second}\n',
         "out_of_domain": '- {question: "Elsewhere?", kind: code}\n',
     }
@@ -155,11 +164,27 @@ INTENTS = {"first", "second"}
 def test_validation_says_what_must_answer(validation: Path) -> None:
     read = read_validation(validation, SCHEMAS, INTENTS)
     assert read == [
-        ValidationQuestion(question="Paraphrase?", stratum="paraphrase", intent="first"),
-        ValidationQuestion(question="Another?", stratum="paraphrase", intent="second"),
-        ValidationQuestion(question="Trap?", stratum="near_misses/negation", intent=None),
-        ValidationQuestion(question="Elsewhere?", stratum="out_of_domain/code", intent=None),
+        Question(text="Paraphrase?", stratum="paraphrases", intent="first"),
+        Question(text="Another?", stratum="paraphrases/short", intent="second", also=("first",)),
+        Question(text="Trap?", stratum="near_misses/negation", near="second"),
+        Question(text="Elsewhere?", stratum="out_of_domain/code"),
     ]
+    assert [row.place for row in read] == [
+        f"{validation}/{place}" for place in ("paraphrases.yaml:1", "paraphrases.yaml:2", "near_misses.yaml:1")
+    ] + [f"{validation}/out_of_domain.yaml:1"]
+    assert [row.group for row in read] == ["paraphrases", "paraphrases", "near_misses", "out_of_domain"]
+
+
+def test_what_answers_a_question_fairly(validation: Path) -> None:
+    paraphrase, another, trap, _ = read_validation(validation, SCHEMAS, INTENTS)
+    assert another.fairly_answered_by("second") and another.fairly_answered_by("first")
+    assert paraphrase.fairly_answered_by("first") and not paraphrase.fairly_answered_by("second")
+    assert not trap.fairly_answered_by("second")
+
+
+def test_contrast_needs_no_paraphrases(validation: Path) -> None:
+    (validation / "paraphrases.yaml").unlink()
+    assert [row.text for row in read_contrast(validation, SCHEMAS, INTENTS)] == ["Trap?", "Elsewhere?"]
 
 
 @pytest.mark.parametrize(("file", "line"), [("paraphrases", 2), ("near_misses", 1)])
@@ -187,15 +212,27 @@ def entries() -> list[Entry]:
     return read_entries(DATA / "entries", SCHEMAS)
 
 
-def questions_of(part: str, entries: list[Entry]) -> set[str]:
-    """The normalised questions of our own `validation/dev` or `validation/cert`."""
-    read = read_validation(DATA / "validation" / part, SCHEMAS, {row.id for row in entries})
-    return {normalise(row.question) or row.question for row in read}
+@pytest.mark.parametrize("same", ["one A", "A, one?"])
+def test_a_leak_is_refused_whatever_the_order_of_words(tmp_path: Path, validation: Path, same: str) -> None:
+    folder = tmp_path / "entries"
+    folder.mkdir()
+    read = entries_of(folder, {"a.yaml": entry("first", "a") + entry("second", "b")})
+    (validation / "near_misses.yaml").write_text(f'- {{question: "{same}", kind: negation, near: first}}\n')
+    questions = read_validation(validation, SCHEMAS, INTENTS)
+    with pytest.raises(InputError, match=r"near_misses\.yaml:1: .* of cert has the same words as .*a\.yaml:4, so"):
+        check_apart(read, {"cert": questions})
+
+
+def test_a_question_of_two_sets_is_a_leak(validation: Path) -> None:
+    questions = read_validation(validation, SCHEMAS, INTENTS)
+    check_apart([], {"dev": questions})
+    with pytest.raises(InputError, match=r"paraphrases\.yaml:1: 'Paraphrase\?' of cert has the same words as"):
+        check_apart([], {"dev": questions, "cert": questions})
 
 
 def test_own_entries_are_many(entries: list[Entry]) -> None:
-    assert len(entries) >= 60
-    assert all(len(row.phrasings) >= 8 for row in entries)
+    assert len(entries) >= 150
+    assert sum(len(row.phrasings) for row in entries) >= 1800
 
 
 def test_own_persona_and_prologue_load() -> None:
@@ -204,11 +241,17 @@ def test_own_persona_and_prologue_load() -> None:
     assert read_document(DATA / "prologue.yaml", SCHEMAS / "prologue.schema.json").content["scenes"]
 
 
-def test_no_certification_question_was_used_for_tuning(entries: list[Entry]) -> None:
-    assert sorted(questions_of("cert", entries) & questions_of("dev", entries)) == []
+def test_own_sets_have_nothing_in_common(entries: list[Entry]) -> None:
+    ids = {row.id for row in entries}
+    sets = {"contrast": read_contrast(DATA / "contrast", SCHEMAS, ids)}
+    sets |= {part: read_validation(DATA / "validation" / part, SCHEMAS, ids) for part in ("dev", "cert")}
+    check_apart(entries, sets)
 
 
-@pytest.mark.parametrize("part", ["dev", "cert"])
-def test_no_validation_question_is_a_phrasing(entries: list[Entry], part: str) -> None:
-    phrasings = {normalise(text) for _, text in texts_of(entries)}
-    assert sorted(questions_of(part, entries) & phrasings) == []
+def test_own_certification_asks_each_intent_once_in_each_style(entries: list[Entry]) -> None:
+    cert = read_validation(DATA / "validation/cert", SCHEMAS, {row.id for row in entries})
+    asked = [(row.intent, row.stratum) for row in cert if row.intent]
+    assert len(set(asked)) == len(asked) > 600
+    kinds = {row.stratum for row in cert}
+    assert len([kind for kind in kinds if kind.startswith("near_misses/")]) == 12
+    assert len([kind for kind in kinds if kind.startswith("out_of_domain/")]) == 10

@@ -25,8 +25,8 @@ SCHEMES = "expected one of int4-g32, int4-channel"
         ("fetch.licence=MIT", "MIT"),
         ("fetch.source=folder:/models/a=b", "folder:/models/a=b"),
         ("fetch.sha256=none", None),
-        ("gate_cache.conflicts_max=3", 3),
-        ("gate_cache.recall_min=0.25", 0.25),
+        ("build_cache.neighbours=3", 3),
+        ("certify_cache.recall_min=0.25", 0.25),
         ("gate_latency.ttft_ms_max=120.5", 120.5),
         ("gate_latency.ttft_ms_max=none", None),
         ("quantize.scheme=int4-channel", "int4-channel"),
@@ -50,13 +50,13 @@ def test_later_setting_wins() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("gate_cache.conflicts_max=few", "'few': expected a whole number of at least 0"),
-        ("gate_cache.conflicts_max=1.5", "'1.5': expected a whole number of at least 0"),
-        ("gate_cache.conflicts_max=-1", "-1: expected a whole number of at least 0"),
+        ("build_cache.flat_max=few", "'few': expected a whole number of at least 0"),
+        ("build_cache.flat_max=1.5", "'1.5': expected a whole number of at least 0"),
+        ("build_cache.flat_max=-1", "-1: expected a whole number of at least 0"),
         ("export.context_tokens=32", "32: expected a whole number from 64 to 131072"),
-        ("gate_cache.recall_min=half", "'half': expected a number from 0 to 1"),
-        ("gate_cache.recall_min=1.01", "1.01: expected a number from 0 to 1"),
-        ("gate_cache.recall_min=nan", "nan: expected a number from 0 to 1"),
+        ("certify_cache.recall_min=half", "'half': expected a number from 0 to 1"),
+        ("certify_cache.recall_min=1.01", "1.01: expected a number from 0 to 1"),
+        ("certify_cache.recall_min=nan", "nan: expected a number from 0 to 1"),
         ("gate_latency.ttft_ms_max=-5", "expected a number of at least 0 or none"),
         ("quantize.scheme=int3", f"'int3': {SCHEMES}"),
         ("quantize.head_bits=5", "'5': expected one of 4, 8, 16"),
@@ -133,5 +133,5 @@ def test_folder_source_is_watched_where_it_is_read(tmp_path: Path, monkeypatch: 
 
 
 def test_configuration_checks_itself_without_the_command_line() -> None:
-    with pytest.raises(InputError, match=r"GateCacheConfig\.recall_min = 2: expected a number from 0 to 1"):
-        replace(embedded().gate_cache, recall_min=2)
+    with pytest.raises(InputError, match=r"CertifyCacheConfig\.recall_min = 2: expected a number from 0 to 1"):
+        replace(embedded().certify_cache, recall_min=2)

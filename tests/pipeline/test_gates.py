@@ -2,24 +2,21 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from scipy.special import rel_entr, softmax
 
 from model.artifact import MANIFEST, write_manifest
 from model.errors import InputError
 from model.tokenizer import Tokenizer
-from pipeline import build_cache, gate_cache, gate_quality, report
-from pipeline.configs import GateCacheConfig, GateQualityConfig, ReportConfig, embedded
+from pipeline import gate_quality, report
+from pipeline.configs import GateQualityConfig, ReportConfig
 from pipeline.gate_quality import compare_logits
 from pipeline.verdict import Check
 from pipeline.windows import CALIBRATION_TEXT, DOCUMENT_BREAK, Text, check_apart, text_windows
@@ -224,178 +221,6 @@ def test_windows_are_full_and_stay_within_one_document(tiny_build: Path, tmp_pat
     assert [tokenizer.decode(window.tolist()) for window in windows] == ["aaaa", "aaaa", "bbbb", "cccc"]
 
 
-# The cache: our own data, then small data with faults planted
-
-
-@pytest.fixture(scope="session")
-def cache_build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
-    """The real embedder and our own cache, built and judged once; slow."""
-    build = tmp_path_factory.mktemp("cache_build")
-    return build, cli("run", "gate_cache", "--build", build)
-
-
-@pytest.fixture(scope="session")
-def embedder(cache_build: tuple[Path, Ended]) -> Path:
-    return cache_build[0] / "embedder"
-
-
-def test_cache_gate_passes_our_own_data(cache_build: tuple[Path, Ended]) -> None:
-    build, ended = cache_build
-    assert ended.code == 0, ended.err
-    assert ended.states == {"export_embedder": "ran", "build_cache": "ran", "gate_cache": "ran"}
-    written = read(build / "reports/cache.json")
-    assert written["passed"] is True
-    assert sum(row["n"] for row in written["strata"].values()) > 100
-
-
-PHRASINGS = {
-    "the-wizard": [
-        "Who is the Wizard?",
-        "Who is the Wizard of Oz?",
-        "Tell me about the Wizard",
-        "I'd like to know who the Wizard is",
-        "Who is that Wizard in Oz?",
-        "Could you tell me who the Wizard is?",
-        "the wizard of oz, who is that",
-        "Who is the Wizard really?",
-    ],
-    "silver-shoes": [
-        "What can the silver shoes do?",
-        "What power do the silver shoes have?",
-        "Tell me about the silver shoes",
-        "I'd like to know what the silver shoes do",
-        "What magic is in the silver shoes?",
-        "Do the silver shoes have a power?",
-        "Could you tell me what the silver shoes can do?",
-        "the silver shoes, what magic do they have",
-    ],
-    "yellow-road": [
-        "Which way does the yellow brick road lead?",
-        "Tell me about the yellow brick road",
-        "What is at the end of the yellow brick road?",
-        "I'd like to know which way the yellow brick road leads",
-        "Does the yellow brick road lead to the city?",
-        "To which city does the yellow brick road lead?",
-        "the yellow brick road, which city does it lead to",
-        "Could you tell me which way the yellow brick road goes?",
-    ],
-}
-PARAPHRASES = {
-    "Can you tell me about the Wizard of Oz?": "the-wizard",
-    "Can you tell me who the Wizard of Oz is?": "the-wizard",
-    "What magic power do the silver shoes have?": "silver-shoes",
-    "Please tell me about the silver shoes": "silver-shoes",
-    "Which city is at the end of the yellow brick road?": "yellow-road",
-    "Please tell me about the yellow brick road": "yellow-road",
-}
-TRAPS = {"Who is not the Wizard?": "the-wizard", "What can the silver shoes not do?": "silver-shoes"}
-ELSEWHERE = ["What is 17 times 23?", "Write me a sorting function in Rust"]
-LIMITS = GateCacheConfig(
-    confidence=0.95,
-    self_retrieval_min=1.0,
-    conflicts_max=0,
-    recall_min=1.0,
-    paraphrases_wrong_max=0.4,  # 0 of 6
-    near_misses_answered_max=0.8,  # 0 of 2
-    out_of_domain_answered_max=0.8,
-)
-
-
-class SmallCache:
-    """A tree of an author's files with three intents, to be edited, built and judged."""
-
-    def __init__(self, root: Path, embedder: Path) -> None:
-        self.root, self.embedder, self.cache = root, embedder, root / "cache"
-        self.phrasings = {name: list(texts) for name, texts in PHRASINGS.items()}
-        self.traps, self.elsewhere = dict(TRAPS), list(ELSEWHERE)
-        self.policy = embedded().build_cache
-
-    def build(self) -> None:
-        rows = [{"id": name, "answer": "So.", "phrasings": texts} for name, texts in self.phrasings.items()]
-        self._write("entries/all.yaml", rows)
-        self._write("cert/paraphrases.yaml", [{"question": q, "intent": name} for q, name in PARAPHRASES.items()])
-        traps = [{"question": question, "kind": "negation", "near": name} for question, name in self.traps.items()]
-        self._write("cert/near_misses.yaml", traps)
-        self._write("cert/out_of_domain.yaml", [{"question": text, "kind": "code"} for text in self.elsewhere])
-        own = (DATA / "persona.yaml", DATA / "prologue.yaml", SCHEMAS)
-        build_cache.run(self.policy, self.root / "entries", *own, self.embedder, self.cache)
-
-    def judge(self) -> list[Check]:
-        return gate_cache.run(LIMITS, self.root, SCHEMAS, self.embedder, self.cache, self.root / "cache.json")
-
-    def judged(self) -> Report:
-        return read(self.root / "cache.json")
-
-    def _write(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
-        (self.root / name).parent.mkdir(exist_ok=True)
-        (self.root / name).write_text(yaml.safe_dump(list(rows), sort_keys=False))
-
-
-@pytest.fixture
-def small(tmp_path: Path, embedder: Path) -> SmallCache:
-    return SmallCache(tmp_path, embedder)
-
-
-def test_cache_gate_passes_sound_small_data(small: SmallCache) -> None:
-    small.build()
-    assert failed(small.judge()) == []
-    written = small.judged()
-    assert written["passed"] is True
-    assert written["served_hits"] == {"n": 6, "false": 0, "false_share_upper": pytest.approx(0.393, abs=1e-3)}
-    assert written["recall"]["value"] == 1.0
-    assert written["strata"]["paraphrase"] == {"n": 6, "answered": 6, "false": 0}
-
-
-def test_phrasing_under_another_intent_is_a_conflict(small: SmallCache) -> None:
-    moved = "Who is the Wizard of Oz?"
-    small.phrasings["the-wizard"].remove(moved)
-    small.phrasings["the-wizard"].append("Tell me who the Wizard is")
-    small.phrasings["yellow-road"].append(moved)
-    small.build()
-    assert "conflicting phrasings" in failed(small.judge())
-    conflict = {"phrasing": moved, "listed_under": "yellow-road", "otherwise_answered_by": "the-wizard"}
-    assert conflict in small.judged()["conflicts"]
-
-
-def test_swapped_answers_are_wrong_answers(small: SmallCache) -> None:
-    wizard, road = small.phrasings["the-wizard"], small.phrasings["yellow-road"]
-    small.phrasings |= {"the-wizard": road, "yellow-road": wizard}
-    small.build()
-    assert failed(small.judge()) == ["recall", "wrongly answered paraphrases, upper limit"]
-    wrong = {(row["expected"], row["answered_by"]) for row in small.judged()["false_hits"]}
-    assert wrong == {("the-wizard", "yellow-road"), ("yellow-road", "the-wizard")}
-
-
-def test_threshold_that_nothing_reaches_answers_nothing(small: SmallCache) -> None:
-    small.policy = replace(small.policy, threshold=1.0)
-    small.build()
-    assert failed(small.judge()) == ["recall"]
-    assert small.judged()["served_hits"]["n"] == 0
-
-
-def test_answered_trap_fails_the_gate(small: SmallCache) -> None:
-    small.traps = {"Tell me who the Wizard of Oz is": "the-wizard"}
-    small.build()
-    assert failed(small.judge()) == ["answered near misses, upper limit"]
-
-
-def test_answered_stranger_fails_the_gate(small: SmallCache) -> None:
-    small.elsewhere = ["Tell me who the Wizard of Oz is"]
-    small.build()
-    assert failed(small.judge()) == ["answered out-of-domain questions, upper limit"]
-
-
-def test_index_whose_rows_are_mixed_up_fails_the_gate(small: SmallCache) -> None:
-    small.build()
-    file = small.cache / "index.faiss"
-    vectors = faiss.read_index(str(file)).reconstruct_n(0, 24)
-    mixed = faiss.IndexFlatIP(vectors.shape[1])
-    mixed.add(np.roll(vectors, 8, axis=0))
-    faiss.write_index(mixed, str(file))
-    reseal(small.cache)
-    assert "self-retrieval" in failed(small.judge())
-
-
 # The report
 
 
@@ -419,6 +244,21 @@ LATENCY: Report = {
         "reached": 0.18,
     },
 }
+CERTIFIED: Report = {
+    "gate": "cache",
+    "passed": True,
+    "checks": [{"name": "recall", "value": 0.7812, "limit": 0.65, "bound": "at least", "passed": True}],
+    "certified": True,
+    "reason": None,
+    "chosen": {
+        "hits": 500,
+        "false": 3,
+        "upper": 0.0154,
+        "recall": {"n": 600, "value": 0.7812, "lower": 0.7511},
+        "out_of_domain_rejected": {"n": 500, "value": 1.0, "lower": 0.994},
+        "strata": {"near_misses/negation": {"n": 40, "hits": 1, "false": 1, "false_upper": 0.11}},
+    },
+}
 SAVINGS: Report = {
     "search_cpu_s": 0.004,
     "reply_cpu_s": 7.5,
@@ -430,24 +270,17 @@ SAVINGS: Report = {
 
 @pytest.mark.parametrize("latency_passed", [True, False])
 def test_summary_shows_every_check_and_the_verdict(
-    small: SmallCache, tiny_build: Path, text: Path, tmp_path: Path, latency_passed: bool
+    tiny_build: Path, text: Path, tmp_path: Path, latency_passed: bool
 ) -> None:
-    small.build()
-    small.judge()
     quality = tmp_path / "quality.json"
     gate_quality.run(QUALITY, text, APART, tiny_build / "checkpoint", tiny_build / "int4", quality)
     checks = [LATENCY["checks"][0], {**LATENCY["checks"][1], "passed": latency_passed}]
-    latency, savings = tmp_path / "latency.json", tmp_path / "savings.json"
-    latency.write_text(json.dumps({**LATENCY, "passed": latency_passed, "checks": checks}))
-    savings.write_text(json.dumps(SAVINGS))
-    int4, quantization = tiny_build / "int4", tiny_build / "reports/quantization.json"
-    reports = (small.cache, tmp_path / "cache.json", quality, latency, savings)
-    report.run(ReportConfig(), int4, quantization, *reports, tmp_path / "summary.md")
-
-    summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    summary = _summary(
+        tiny_build, quality, tmp_path, CERTIFIED, {**LATENCY, "passed": latency_passed, "checks": checks}
+    )
     verdict = "all gates passed" if latency_passed else "a gate failed"
     assert summary.startswith(f"# Emerald: {verdict}\n")
-    for file in (tmp_path / "cache.json", quality, latency):
+    for file in (tmp_path / "cache.json", quality, tmp_path / "latency.json"):
         judged = read(file)
         for check in judged["checks"]:
             mark = "✅" if check["passed"] else "❌"
@@ -455,3 +288,23 @@ def test_summary_shows_every_check_and_the_verdict(
             assert f"| {mark} | {judged['gate']} | {check['name']} | {measured} |" in summary
     for words in ("**3 ready answers** in 24 phrasings", "41.5 tokens/s on 2 threads", "| 30% | 29.5% |"):
         assert words in summary
+    assert "**Certified: of the answers given by likeness at most 1.54% are wrong** (3 of 500 were" in summary
+
+
+def test_summary_says_why_a_cache_is_not_certified(tiny_build: Path, text: Path, tmp_path: Path) -> None:
+    quality = tmp_path / "quality.json"
+    gate_quality.run(QUALITY, text, APART, tiny_build / "checkpoint", tiny_build / "int4", quality)
+    uncertified = {**CERTIFIED, "certified": False, "reason": "guard 'negation' objected to no near miss"}
+    summary = _summary(tiny_build, quality, tmp_path, uncertified, LATENCY)
+    assert "**Not certified**, so only exact matches are answered: guard 'negation' objected" in summary
+
+
+def _summary(tiny_build: Path, quality: Path, folder: Path, cache: Report, latency: Report) -> str:
+    for name, content in (("cache", cache), ("latency", latency), ("savings", SAVINGS)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "built").mkdir()
+    write_manifest(folder / "built", "cache", {"entries": 3, "phrasings": 24})
+    int4, quantization = tiny_build / "int4", tiny_build / "reports/quantization.json"
+    reports = (folder / "built", folder / "cache.json", quality, folder / "latency.json", folder / "savings.json")
+    report.run(ReportConfig(), int4, quantization, *reports, folder / "summary.md")
+    return (folder / "summary.md").read_text(encoding="utf-8")

@@ -1,23 +1,12 @@
-"""The real embedder, cache and engine, brought up to date in the project's own build folder."""
+"""The real embedder and cache of the project's own build folder."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from serving.cache import Cache
+from serving.certificate import admit
 from serving.embedder import Embedder
-from tests.conftest import ROOT
-
-BUILD = ROOT / "build/embedded"
-
-
-@pytest.fixture(scope="session")
-def embedded_build() -> Path:
-    """build/embedded with engine, embedder and cache; only what is out of date is built."""
-    subprocess.run([sys.executable, "-m", "pipeline", "run", "export", "build_cache"], cwd=ROOT, check=True)
-    return BUILD
 
 
 @pytest.fixture(scope="session")
@@ -27,4 +16,7 @@ def embedder(embedded_build: Path) -> Embedder:
 
 @pytest.fixture(scope="session")
 def cache(embedded_build: Path, embedder: Embedder) -> Cache:
-    return Cache(embedded_build / "cache", embedder)
+    """With its certificate."""
+    cache = Cache(embedded_build / "cache", embedder)
+    assert admit(cache, embedded_build / "certificate.json") is not None, cache.uncertified
+    return cache

@@ -4,12 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from model.artifact import write_manifest
 from model.errors import InputError
-from serving.cache import LONGEST_QUESTION, Cache, Hit, Miss, normalise
+from serving.cache import LONGEST_QUESTION, Cache, Considered, Hit, Miss, normalise
+from serving.certificate import admit
 from serving.embedder import Embedder
+from serving.guards import Intent, lowered, novelty
 
 
 @pytest.mark.parametrize(
@@ -41,9 +44,7 @@ def test_the_articles_questions_hit(cache: Cache, question: str, entry: str) -> 
     ],
 )
 def test_their_negations_miss(cache: Cache, question: str) -> None:
-    found = cache.lookup(question)
-    assert isinstance(found, Miss)
-    assert found.nearest is not None
+    assert isinstance(cache.lookup(question), Miss)
 
 
 def test_an_unseen_phrasing_hits_by_meaning(cache: Cache) -> None:
@@ -61,7 +62,10 @@ def test_an_unseen_phrasing_hits_by_meaning(cache: Cache) -> None:
         ("w " * (LONGEST_QUESTION // 2), "tokens"),
         ("Who is\x00 the Wizard of this place?", "control"),
         ("Who is \u202ethe Wizard of this place?", "control"),
-        ("asdf qwer zxcv", "near enough"),
+        ("e\u0301" * 400, "longer than"),
+        ("\ud83d Who is the Wizard of this place?", "control"),
+        ("\u05de\u05d9 \u05d4\u05d5\u05d0 \u05d4\u05e7\u05d5\u05e1\u05dd?", ""),
+        ("asdf qwer zxcv", ""),
         ("I walk through the Emerald City gates and look up", ""),
     ],
 )
@@ -78,20 +82,57 @@ def test_every_phrasing_is_an_exact_hit_of_its_own_intent(cache: Cache) -> None:
         assert (found.entry, found.tier) == (entry, "exact")
 
 
-def test_leaving_a_phrasing_out_changes_the_decision(cache: Cache, embedder: Embedder) -> None:
-    row = next(row for row, (_, text) in enumerate(cache.phrasings) if text == "What are you capable of?")
-    vector = embedder.embed("What are you capable of?")
-    [(similarity, nearest)] = cache.nearest(vector, 1)
-    assert nearest == row
-    assert similarity == pytest.approx(1.0, abs=1e-5)
-    without = cache.decide("What are you capable of?", vector, without=row)
-    assert without.similarity < 0.999
+def test_what_was_considered_adds_up(cache: Cache) -> None:
+    """The score from its parts, against a plain search over all vectors with NumPy."""
+    question = "Could you describe the Wizard's throne room for me?"
+    found = cache.consider(question)
+    assert isinstance(found, Considered)
+    vectors = cache._index.reconstruct_n(0, len(cache.phrasings) + len(cache.contrast))
+    cosines = vectors @ cache.embedder.embed(question)
+    owners = np.array([entry for entry, _ in cache.phrasings] + [""] * len(cache.contrast))
+    likeness = {
+        name: np.sort(cosines[owners == name])[::-1][: cache.policy["agreeing"] if name else 1].mean()
+        for name in set(owners)
+    }
+    best = max((name for name in likeness if name), key=likeness.__getitem__)
+    against = max(value for name, value in likeness.items() if name != best)
+    new = novelty(lowered(question), Intent.of(cache.entries[best]["phrasings"], cache.entries[best]["answer"]))
+    expected = likeness[best] - cache.policy["contrast_weight"] * against - cache.policy["novelty_weight"] * new
+    assert found.entry == best
+    assert found.score == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_threshold_decides(cache: Cache) -> None:
+    found = cache.consider("Could you tell me who the Wizard is, please?")
+    assert isinstance(found, Considered)
+    assert isinstance(cache.decide(found, found.score), Hit)
+    assert cache.decide(found, found.score + 1e-6) == Miss(reason="nothing is near enough")
+
+
+def test_without_a_certificate_only_exact_matches_answer(embedded_build: Path, embedder: Embedder) -> None:
+    cache = Cache(embedded_build / "cache", embedder)
+    assert isinstance(cache.lookup("Who is the Wizard?"), Hit)
+    found = cache.lookup("Could you tell me who the Wizard is, please?")
+    assert found == Miss(reason="only exact matches answer: no certificate was presented")
+
+
+def test_a_revoked_answer_is_not_given(embedded_build: Path, embedder: Embedder) -> None:
+    cache = Cache(embedded_build / "cache", embedder, revoked=["who-is-the-wizard"])
+    admit(cache, embedded_build / "certificate.json")
+    for question in ("Who is the Wizard?", "Could you tell me who the Wizard is, please?"):
+        assert cache.lookup(question) == Miss(reason="its ready answer was revoked")
+    assert isinstance(cache.lookup("Who is Toto?"), Hit)
+
+
+def test_revoking_an_unknown_answer_is_an_error(embedded_build: Path, embedder: Embedder) -> None:
+    with pytest.raises(InputError, match="cannot revoke 'who-is-totto': no intent of that id"):
+        Cache(embedded_build / "cache", embedder, revoked=["who-is-totto"])
 
 
 def test_an_index_of_another_embedder_is_refused(embedded_build: Path, embedder: Embedder, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(embedded_build / "cache", tmp_path / "cache"))
     manifest = json.loads((folder / "manifest.json").read_text())
-    facts = {name: manifest[name] for name in ("policy", "entries", "phrasings")}
+    facts = {name: manifest[name] for name in ("policy", "entries", "phrasings", "contrast")}
     write_manifest(folder, "cache", {**facts, "embedder": "0" * 64})
     with pytest.raises(InputError, match="built with embedder 000000000000"):
         Cache(folder, embedder)

@@ -32,7 +32,25 @@ def test_a_seed_makes_the_models_reply_repeatable(embedded_build: Path, capsys: 
 
 def test_explain_gives_the_reason(embedded_build: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "What are you not capable of?", "--build", str(embedded_build)]) == 0
-    assert "miss: it is negated" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("miss: ")
+    for words in ("nearest ", "rival ", "novelty ", "score ", " is certified)", "negation: it is negated ('not')"):
+        assert words in said
+    assert "comparison: no objection" in said
+
+
+def test_an_answer_by_likeness_names_its_bound(embedded_build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    question = "Could you tell me who the Wizard is, please?"
+    assert main(["ask", question, "--build", str(embedded_build)]) == 0
+    assert "[cache: who-is-the-wizard, wrong at most" in capsys.readouterr().err
+
+
+def test_a_revoked_answer_is_named_on_a_typo(
+    embedded_build: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EMERALD_REVOKED", "who-is-toto, who-is-totto")
+    assert main(["ask", "Who is Toto?", "--build", str(embedded_build)]) == 2
+    assert "cannot revoke 'who-is-totto'" in capsys.readouterr().err
 
 
 def test_chat_holds_a_conversation(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from serving.guards import GUARDS, Intent, lowered
+from serving.guards import GUARDS, Intent, lowered, novelty
 
 ABILITIES = Intent.of(["What are you capable of?", "Tell me what you can do.", "What do you do?"], "I tell stories.")
 BUILDER = Intent.of(["Who built the Emerald City?", "Who made the city?"], "The Wizard had it built by the people.")
@@ -13,18 +13,14 @@ WITCHES = Intent.of(
 TRAPS = [
     ("negation", "What are you not capable of?", ABILITIES),
     ("negation", "What can't you do?", ABILITIES),
-    ("numbers", "Tell me about the seven witches", WITCHES),
-    ("numbers", "How many witches are there in 1900?", WITCHES),
-    ("question kind", "Why are you capable of it?", ABILITIES),
-    ("question kind", "When was the Emerald City built?", BUILDER),
     ("several questions", "What can you do and who built the city?", ABILITIES),
     ("several questions", "What do you do? Who made you?", ABILITIES),
     ("hypothetical", "What if you could do it?", ABILITIES),
     ("comparison", "Are you capable of more than others?", ABILITIES),
     ("conversation", "And what can you do?", ABILITIES),
     ("conversation", "What is he capable of?", ABILITIES),
-    ("subject", "Who destroyed the Emerald City?", BUILDER),
-    ("subject", "Who built Rome?", BUILDER),
+    ("conversation", "Tell me about the other one", WITCHES),
+    ("hypothetical", "If nobody asked, what could you do?", ABILITIES),
 ]
 
 
@@ -47,7 +43,32 @@ def test_a_curly_apostrophe_is_an_apostrophe() -> None:
     assert GUARDS["negation"](lowered("What can\N{RIGHT SINGLE QUOTATION MARK}t you do?"), ABILITIES) is not None
 
 
+@pytest.mark.parametrize(
+    ("guard", "question", "intent"),
+    [
+        ("conversation", "What did the people of the city do with their hands?", BUILDER),
+        ("hypothetical", "I'd like to know if you can do anything", ABILITIES),
+        ("negation", "I don't know what you do", ABILITIES),
+    ],
+)
+def test_what_only_looks_like_a_turn_passes(guard: str, question: str, intent: Intent) -> None:
+    assert GUARDS[guard](lowered(question), intent) is None
+
+
 def test_the_reason_names_the_word_as_the_visitor_wrote_it() -> None:
-    assert GUARDS["subject"]("who destroyed the emerald city?", BUILDER) == (
-        "it speaks of 'destroyed', and this answer does not"
-    )
+    reason = GUARDS["conversation"](lowered("What is he capable of?"), ABILITIES)
+    assert reason == "it refers to something said before ('he')"
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("Who built the Emerald City?", 0.0),
+        ("Who destroyed the Emerald City?", 1 / 3),
+        ("Who built Rome?", 1 / 2),
+        ("Tell me, please: what is it?", 0.0),
+        ("How do I bake bread?", 1.0),
+    ],
+)
+def test_novelty_is_the_share_of_new_words(question: str, expected: float) -> None:
+    assert novelty(lowered(question), BUILDER) == pytest.approx(expected)
