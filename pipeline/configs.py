@@ -211,7 +211,7 @@ def embedded() -> Config:
             agreeing=3,
             contrast_weight=0.5,
             novelty_weight=0.2,
-            guards=("negation", "several questions", "hypothetical", "comparison", "conversation"),
+            guards=("negation", "question kind", "several questions", "hypothetical", "comparison", "conversation"),
         ),
         certify_cache=CertifyCacheConfig(
             confidence=0.95,

@@ -38,6 +38,13 @@ SEVERAL = re.compile(
     r"|(?:,\s*|\b)(?:and|also|plus|or)\s+(?:also\s+)?(?:who|what|where|when|why|how|which|is|are|was|were|do|does|did"
     r"|can|could|will|would|should|tell|show|write|give|explain|sing|solve|recommend|translate|list|name)\b"
 )
+KINDS = {
+    "why": re.compile(r"\b(why|how come|what for|reasons?|because|purpose|what makes|what made)\b"),
+    "when": re.compile(r"\b(when|what time|what year|what day|how long|how old|how soon|how often|since)\b"),
+    "where": re.compile(r"\b(where|what place|which place|whereabouts|located|location|find)\b"),
+    "who": re.compile(r"\b(who|whose|whom|which person)\b"),
+    "how many": re.compile(r"\b(how many|how much|number of|count|cost|price)\b"),
+}
 PREAMBLE = re.compile(
     r"\b(?:(?:i|i'd|we) (?:would |really )?(?:want|like|love|wish) to (?:know|hear|learn|ask|understand|see)"
     r"|(?:can|could|would|will) you (?:please |kindly )?(?:tell|explain|describe)|please|tell me|do you know"
@@ -45,13 +52,21 @@ PREAMBLE = re.compile(
 )
 FUNCTION_WORDS = frozenset(
     """a an the of to in on at by for with from into onto over under about up down out off as is are was were be been
-    being am do does did done have has had having can could will would shall should may might must i me my mine myself
-    you your yours yourself we us our ours he him his she her hers it its they them their theirs this that these those
-    who whom whose what which when where why how there here and or but if so than then too very just also only any some
-    all both each every one more most much many no not never i'm i'd i've it's what's who's how's where's that's tell
-    explain describe know exactly really actually""".split()
+    being am do does did done doing have has had having can could will would shall should may might must i me my mine
+    myself you your yours yourself we us our ours he him his she her hers it its they them their theirs this that these
+    those who whom whose what which when where why how there here and or but if so than then too very just also only any
+    some all both each every one more most much many no not never exactly really actually possible
+    im id ive whats whos hows wheres thats lets dont doesnt didnt cant wont isnt ca wo ai r u ur n w b wat wut frm wud
+    cud shud ppl pls plz gonna wanna gotta cuz""".split()
 )
-ENDINGS = ("ations", "ation", "ings", "ing", "ers", "est", "ies", "ied", "ful", "ed", "es", "er", "ly", "s", "e", "y")
+"""Words of grammar, also as they are typed in a hurry."""
+ASKING_WORDS = frozenset(
+    """ask tell explain describe know let like learn hear wonder hope curious enjoy fancy show give way kind sort thing
+    stuff go come get""".split()
+)
+"""What people ask with, whatever they ask for; in every form that has the same stem."""
+CONTRACTION = re.compile(r"(?:n't|'(?:s|d|ll|re|ve|m))$")
+ENDINGS = ("ation", "ing", "er", "est", "ied", "ful", "ed", "ly", "e", "y")
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,14 @@ def several_questions(question: str, intent: Intent) -> str | None:
     return _turn(SEVERAL, "more than one question", question, intent)
 
 
+def question_kind(question: str, intent: Intent) -> str | None:
+    """A why, when, where, who or how-many question needs a phrasing of that kind."""
+    for kind, pattern in KINDS.items():
+        if pattern.search(question) and not any(pattern.search(phrasing) for phrasing in intent.phrasings):
+            return f"it asks {kind}, and no phrasing of this answer does"
+    return None
+
+
 def conversation(question: str, intent: Intent) -> str | None:
     """Words that point to something said before the question, unless the intent's own phrasings use the same word.
 
@@ -103,6 +126,7 @@ def conversation(question: str, intent: Intent) -> str | None:
 
 GUARDS: dict[str, Guard] = {
     "negation": negation,
+    "question kind": question_kind,
     "several questions": several_questions,
     "hypothetical": hypothetical,
     "comparison": comparison,
@@ -123,15 +147,24 @@ def lowered(text: str) -> str:
 
 def content_words(text: str) -> dict[str, str]:
     """The words of a lowered text that carry its subject, by their rough stems."""
-    return {_stem(word): word for word in WORD.findall(PREAMBLE.sub(" ", text)) if word not in FUNCTION_WORDS}
+    whole = (CONTRACTION.sub("", word) for word in WORD.findall(PREAMBLE.sub(" ", text)))
+    words = {_stem(word): word for word in whole if word not in FUNCTION_WORDS}
+    return {stem: word for stem, word in words.items() if stem not in ASKING_STEMS}
 
 
 def _stem(word: str) -> str:
-    word = word.removesuffix("'s").removesuffix("'")
+    """One form for "city" and "cities", and for "build", "building" and "builder"."""
+    if word.endswith("ies"):
+        word = word.removesuffix("ies") + "y"
+    elif word.endswith("s") and not word.endswith("ss") and len(word) > 3:
+        word = word.removesuffix("s")
     for ending in ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) >= 3:
-            return word.removesuffix(ending).rstrip("i")
+            return word.removesuffix(ending)
     return word
+
+
+ASKING_STEMS = frozenset(map(_stem, ASKING_WORDS))
 
 
 def _turn(pattern: re.Pattern[str], what: str, question: str, intent: Intent) -> str | None:

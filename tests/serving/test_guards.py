@@ -20,6 +20,8 @@ TRAPS = [
     ("conversation", "And what can you do?", ABILITIES),
     ("conversation", "What is he capable of?", ABILITIES),
     ("conversation", "Tell me about the other one", WITCHES),
+    ("question kind", "Why are you capable of it?", ABILITIES),
+    ("question kind", "When was the Emerald City built?", BUILDER),
     ("hypothetical", "If nobody asked, what could you do?", ABILITIES),
 ]
 
@@ -68,6 +70,8 @@ def test_the_reason_names_the_word_as_the_visitor_wrote_it() -> None:
         ("Who built Rome?", 1 / 2),
         ("Tell me, please: what is it?", 0.0),
         ("How do I bake bread?", 1.0),
+        ("I was hoping you'd let me know whos built that city", 0.0),
+        ("Who'd have built cities like that of emeralds?", 0.0),
     ],
 )
 def test_novelty_is_the_share_of_new_words(question: str, expected: float) -> None:
