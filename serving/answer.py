@@ -3,6 +3,7 @@
 The model is loaded when it is first needed, so a question with a ready answer never waits for it.
 """
 
+import logging
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from serving.cache import Cache, Hit, Miss
 from serving.certificate import Certificate, admit
 from serving.embedder import Embedder
 from serving.settings import Settings
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,8 @@ class Storyteller:
         self._settings = settings
         self.cache = Cache(settings.folder("cache"), Embedder(settings.folder("embedder")), settings.revoked_entries)
         self.certificate = admit(self.cache, Path(settings.build) / "certificate.json")
+        if self.certificate is None:
+            LOG.warning("the cache answers exact matches only: %s", self.cache.uncertified)
 
     @cached_property
     def engine(self) -> Engine:

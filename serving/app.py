@@ -137,8 +137,11 @@ def create_app(settings: Settings) -> FastAPI:
     @app.get("/health/ready")
     def ready() -> JSONResponse:
         """200 when the model is loaded, 503 before."""
-        status = "ready" if service.ready else service.failure or "loading"
-        return JSONResponse({"status": status}, 200 if service.ready else 503)
+        if not service.ready:
+            return JSONResponse({"status": service.failure or "loading"}, 503)
+        proof = service.storyteller.certificate
+        cache = "exact matches only" if proof is None else f"certified {proof.identity}"
+        return JSONResponse({"status": "ready", "cache": cache})
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:

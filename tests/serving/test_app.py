@@ -77,6 +77,19 @@ def test_a_common_question_is_answered_from_the_cache(port: int) -> None:
     assert answer["usage"]["completion_tokens"] == 0
 
 
+def test_an_answer_by_likeness_names_its_certificate_and_no_similarity(port: int, embedded_build: Path) -> None:
+    sealed = json.loads((embedded_build / "certificate.json").read_text())
+    _, headers, _ = ask(port, "Could you tell me who the Wizard is, please?")
+    assert (headers["x-emerald-entry"], headers["x-emerald-tier"]) == ("who-is-the-wizard", "semantic")
+    assert headers["x-emerald-certificate"] == sealed["seal"]
+    assert headers["x-emerald-false-hit-bound"] == f"{sealed['false_hits']['upper']:.4f}"
+    assert {name for name in headers if name.startswith("x-emerald")} == {
+        f"x-emerald-{name}" for name in ("source", "entry", "tier", "certificate", "false-hit-bound")
+    }
+    assert json.loads(call(port, "GET", "/health/ready")[2])["cache"] == f"certified {sealed['seal']}"
+    assert "x-emerald-certificate" not in ask(port, "Who is the Wizard?")[1]
+
+
 def test_no_cache_asks_the_model(port: int) -> None:
     status, headers, answer = ask(port, "What are you capable of?", {"Cache-Control": "no-cache"})
     assert status == 200

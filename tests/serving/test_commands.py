@@ -39,6 +39,22 @@ def test_explain_gives_the_reason(embedded_build: Path, capsys: pytest.CaptureFi
     assert "comparison: no objection" in said
 
 
+def test_without_a_certificate_only_exact_matches_answer_and_it_says_so(
+    embedded_build: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("engine", "embedder", "cache"):
+        (tmp_path / name).symlink_to(embedded_build / name)
+    question = "Could you tell me who the Wizard is, please?"
+    assert main(["explain", question, "--build", str(tmp_path)]) == 0
+    reason = f"{tmp_path}/certificate.json: missing; run"
+    said = capsys.readouterr().out
+    assert said.startswith(f"miss: only exact matches answer: {reason}")
+    assert "(no certified threshold)" in said
+    assert f"the cache answers exact matches only: {reason}" in caplog.text
+    assert main(["ask", "who is the WIZARD", "--build", str(tmp_path)]) == 0
+    assert "[cache: who-is-the-wizard, exact match" in capsys.readouterr().err
+
+
 def test_an_answer_by_likeness_names_its_bound(embedded_build: Path, capsys: pytest.CaptureFixture[str]) -> None:
     question = "Could you tell me who the Wizard is, please?"
     assert main(["ask", question, "--build", str(embedded_build)]) == 0
