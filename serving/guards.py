@@ -36,15 +36,18 @@ EARLIER = re.compile(
 SEVERAL = re.compile(
     r"\?.*\w.*\?|[.!;]\s*\w+.*\?.*\w|[?]\s*\w{2,}"
     r"|(?:,\s*|\b)(?:and|also|plus|or)\s+(?:also\s+)?(?:who|what|where|when|why|how|which|is|are|was|were|do|does|did"
-    r"|can|could|will|would|should|tell|show|write|give|explain|sing|solve|recommend|translate|list|name)\b"
+    r"|can|could|will|would|should|may|must|tell|show|write|give|explain|sing|solve|recommend|translate|list|name)\b"
 )
-KINDS = {
-    "why": re.compile(r"\b(why|how come|what for|reasons?|because|purpose|what makes|what made)\b"),
-    "when": re.compile(r"\b(when|what time|what year|what day|how long|how old|how soon|how often|since)\b"),
-    "where": re.compile(r"\b(where|what place|which place|whereabouts|located|location|find)\b"),
-    "who": re.compile(r"\b(who|whose|whom|which person)\b"),
-    "how many": re.compile(r"\b(how many|how much|number of|count|cost|price)\b"),
-}
+KINDS = ("why", "when", "where", "who", "how many", "what")
+KIND = re.compile(
+    r"\b(?:(why|how come|what for|reasons?|purpose|what makes|what made)"
+    r"|(when|what time|what year|what day|how long|how old|how soon|how often)"
+    r"|(where|what place|which place|whereabouts)"
+    r"|(who|whose|whom|which person)"
+    r"|(how many|how much|number of)"
+    r"|(what|which|how))\b"
+)
+"""The first of these in a question says what it asks for; the groups are in the order of `KINDS`."""
 PREAMBLE = re.compile(
     r"\b(?:(?:i|i'd|we) (?:would |really )?(?:want|like|love|wish) to (?:know|hear|learn|ask|understand|see)"
     r"|(?:can|could|would|will) you (?:please |kindly )?(?:tell|explain|describe)|please|tell me|do you know"
@@ -104,10 +107,10 @@ def several_questions(question: str, intent: Intent) -> str | None:
 
 def question_kind(question: str, intent: Intent) -> str | None:
     """A why, when, where, who or how-many question needs a phrasing of that kind."""
-    for kind, pattern in KINDS.items():
-        if pattern.search(question) and not any(pattern.search(phrasing) for phrasing in intent.phrasings):
-            return f"it asks {kind}, and no phrasing of this answer does"
-    return None
+    kind = _kind(question)
+    if kind in (None, "what") or any(_kind(phrasing) == kind for phrasing in intent.phrasings):
+        return None
+    return f"it asks {kind}, and no phrasing of this answer does"
 
 
 def conversation(question: str, intent: Intent) -> str | None:
@@ -165,6 +168,11 @@ def _stem(word: str) -> str:
 
 
 ASKING_STEMS = frozenset(map(_stem, ASKING_WORDS))
+
+
+def _kind(text: str) -> str | None:
+    found = KIND.search(text)
+    return KINDS[found.lastindex - 1] if found and found.lastindex else None
 
 
 def _turn(pattern: re.Pattern[str], what: str, question: str, intent: Intent) -> str | None:

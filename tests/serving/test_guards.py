@@ -15,6 +15,7 @@ TRAPS = [
     ("negation", "What can't you do?", ABILITIES),
     ("several questions", "What can you do and who built the city?", ABILITIES),
     ("several questions", "What do you do? Who made you?", ABILITIES),
+    ("several questions", "What can you do, and may I give you a nickname?", ABILITIES),
     ("hypothetical", "What if you could do it?", ABILITIES),
     ("comparison", "Are you capable of more than others?", ABILITIES),
     ("conversation", "And what can you do?", ABILITIES),
@@ -29,6 +30,15 @@ TRAPS = [
 @pytest.mark.parametrize(("guard", "question", "intent"), TRAPS)
 def test_guard_rejects_its_trap(guard: str, question: str, intent: Intent) -> None:
     assert GUARDS[guard](lowered(question), intent) is not None
+
+
+def test_a_when_inside_a_question_is_not_what_it_asks() -> None:
+    trees = Intent.of(["What do the trees do when travellers come near?", "Why do the trees fight?"], "They throw them.")
+    assert GUARDS["question kind"](lowered("When were the trees planted?"), trees) == (
+        "it asks when, and no phrasing of this answer does"
+    )
+    assert GUARDS["question kind"](lowered("What happens when I come near the trees?"), trees) is None
+    assert GUARDS["question kind"](lowered("Tell me why they fight when someone comes"), trees) is None
 
 
 @pytest.mark.parametrize("intent", [ABILITIES, BUILDER, WITCHES])
