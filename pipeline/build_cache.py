@@ -7,6 +7,7 @@ many shards it was made of.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def run(
     embed = Embedder(embedder)
     texts = [text for _, text in texts_of(read)]
     vectors = _in_shards([*texts, *apart], embed, config.shard_texts, cache.with_name("shards"))
-    cache.mkdir(exist_ok=True)
+    shutil.rmtree(cache, ignore_errors=True)  # of a run that was cut short
+    cache.mkdir()
     faiss.write_index(build_index(vectors, config.flat_max), str(cache / "index.faiss"))
     write_json(cache / "entries.json", content)
     facts = {

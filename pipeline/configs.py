@@ -216,7 +216,7 @@ def embedded() -> Config:
         certify_cache=CertifyCacheConfig(
             confidence=0.95,
             risk=0.02,
-            grid=(0.46, 0.44, 0.42, 0.4, 0.38),
+            grid=(0.46, 0.44, 0.43, 0.42, 0.41, 0.4, 0.39, 0.38, 0.37, 0.36),
             required=True,
             recall_min=0.65,
             out_of_domain_rejected_min=0.995,

@@ -47,6 +47,21 @@ def test_their_negations_miss(cache: Cache, question: str) -> None:
     assert isinstance(cache.lookup(question), Miss)
 
 
+@pytest.mark.parametrize(
+    "question",
+    [
+        "And what about him?",
+        "Why did she do that?",
+        "What is it made of?",
+        "Tell me more about the other one",
+        "So who built it?",
+        "What happened to them after that?",
+    ],
+)
+def test_what_needs_the_conversation_misses(cache: Cache, question: str) -> None:
+    assert isinstance(cache.lookup(question), Miss)
+
+
 def test_an_unseen_phrasing_hits_by_meaning(cache: Cache) -> None:
     found = cache.lookup("Could you tell me who the Wizard is, please?")
     assert isinstance(found, Hit)

@@ -33,7 +33,9 @@ def test_guard_rejects_its_trap(guard: str, question: str, intent: Intent) -> No
 
 
 def test_a_when_inside_a_question_is_not_what_it_asks() -> None:
-    trees = Intent.of(["What do the trees do when travellers come near?", "Why do the trees fight?"], "They throw them.")
+    trees = Intent.of(
+        ["What do the trees do when travellers come near?", "Why do the trees fight?"], "They throw them."
+    )
     assert GUARDS["question kind"](lowered("When were the trees planted?"), trees) == (
         "it asks when, and no phrasing of this answer does"
     )
