@@ -205,7 +205,7 @@ def _in_turn(actions: Mapping[str, Callable[[], object]]) -> dict[str, NDArray[n
 def _search_times(cache: Cache) -> dict[str, Any]:
     """The search among many phrasings, exhaustive and by graph, beside the embedding; and what the graph finds."""
     random = np.random.default_rng(1)
-    own = cache._index.reconstruct_n(0, cache._index.ntotal)
+    own = cache.vectors
     vectors = own[random.integers(0, len(own), MANY)] + random.normal(0, 0.02, (MANY, own.shape[1])).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     flat, graph = build_index(vectors, MANY), build_index(vectors, 0)

@@ -74,7 +74,7 @@ def check(data: Path, build: Path, misses: Path | None = None) -> Findings:
     warnings = (
         [] if _is_of(cache, entries) else [f"{build}/cache is of an earlier state of the entries: run make pipeline"]
     )
-    warnings += _near_duplicates(cache.embedder, entries)
+    warnings += _near_duplicates(cache, entries)
     if cache.threshold is None:
         return Findings(errors, [*warnings, f"nothing is answered by likeness: {cache.uncertified}"], [])
     warnings += _missed(cache, sets["validation/dev"] or [])
@@ -85,11 +85,14 @@ def _is_of(cache: Cache, entries: Sequence[Entry]) -> bool:
     return cache.phrasings == [(entry.id, text) for entry in entries for text in entry.phrasings]
 
 
-def _near_duplicates(embedder: Embedder, entries: Sequence[Entry]) -> list[str]:
+def _near_duplicates(cache: Cache, entries: Sequence[Entry]) -> list[str]:
     owned = [
         (entry.id, text, place) for entry in entries for text, place in zip(entry.phrasings, entry.places, strict=True)
     ]
-    vectors = np.stack([embedder.embed(text) for _, text, _ in track(owned, "embedding phrasings")])
+    known = dict(zip([text for _, text in cache.phrasings], cache.vectors, strict=False))  # contrast follows
+    new = [text for _, text, _ in owned if text not in known]
+    known |= {text: cache.embedder.embed(text) for text in track(new, "embedding new phrasings")}
+    vectors = np.stack([known[text] for _, text, _ in owned])
     pairs = []
     for row, (entry, _, _) in enumerate(owned):
         cosines = vectors[row + 1 :] @ vectors[row]

@@ -20,6 +20,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from model.artifact import manifest_digest, read_manifest
 from model.errors import InputError
 from serving.embedder import Embedder, TextTooLongError, Vector
@@ -136,6 +139,12 @@ class Cache:
         """The most similar texts: (cosine, row), best first; rows count `phrasings`, then `contrast`."""
         similarities, rows = self._index.search(vector[None], count)
         return [(float(score), int(row)) for score, row in zip(similarities[0], rows[0], strict=True) if row >= 0]
+
+    @property
+    def vectors(self) -> NDArray[np.float32]:
+        """The index's vectors [rows, dimensions], copied out."""
+        vectors: NDArray[np.float32] = self._index.reconstruct_n(0, len(self.phrasings) + len(self.contrast))
+        return vectors
 
     @cached_property
     def _index(self) -> Any:

@@ -191,7 +191,7 @@ def test_the_walk_stops_at_the_first_threshold_that_fails(small: SmallCache) -> 
     small.build()
     small.judge(replace(LIMITS, grid=(0.9, -2.0, 0.9)))
     walk = small.judged()["walk"]
-    assert [row["hits"] for row in walk] == [0, 7, 0]
+    assert [row["hits"] for row in walk] == [0, 9, 0]
     assert not small.judged()["certified"]
     assert "at the first threshold, 0.9, 0 of 0 answers were wrong" in small.refused()
 

@@ -58,7 +58,7 @@ def test_near_duplicates_missed_paraphrases_and_suggestions(embedded_build: Path
     misses.write_text(f"{cold}\n\n{warm}\n{warm}\n", encoding="utf-8")
     found = check(data, embedded_build, misses)
     assert found.errors == []
-    assert found.warnings[0] == f"{embedded_build}/cache is of an earlier state: run make pipeline"
+    assert found.warnings[0] == f"{embedded_build}/cache is of an earlier state of the entries: run make pipeline"
     twins = [warning for warning in found.warnings if "is nearly" in warning]
     assert any(f"people.yaml:{line + 1}" in twin and "'who-is-the-wizard'" in twin for twin in twins)
     cosines = [float(twin.split("cosine ")[1].split(";")[0]) for twin in twins]

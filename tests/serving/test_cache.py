@@ -102,8 +102,7 @@ def test_what_was_considered_adds_up(cache: Cache) -> None:
     question = "Could you describe the Wizard's throne room for me?"
     found = cache.consider(question)
     assert isinstance(found, Considered)
-    vectors = cache._index.reconstruct_n(0, len(cache.phrasings) + len(cache.contrast))
-    cosines = vectors @ cache.embedder.embed(question)
+    cosines = cache.vectors @ cache.embedder.embed(question)
     owners = np.array([entry for entry, _ in cache.phrasings] + [""] * len(cache.contrast))
     likeness = {
         name: np.sort(cosines[owners == name])[::-1][: cache.policy["agreeing"] if name else 1].mean()

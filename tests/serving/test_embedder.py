@@ -9,6 +9,7 @@ import pytest
 
 from model.errors import InputError
 from serving.cache import Cache
+from serving.certificate import admit
 from serving.embedder import Embedder
 
 
@@ -50,6 +51,7 @@ def test_a_damaged_embedder_is_no_miss(embedded_build: Path, cache: Cache, tmp_p
     """It is opened at the first question that needs it, which must not look like one without a ready answer."""
     folder = Path(shutil.copytree(embedded_build / "embedder", tmp_path / "embedder"))
     opened = Cache(embedded_build / "cache", Embedder(folder))
+    assert admit(opened, embedded_build / "certificate.json") is not None
     with (folder / "program.pt2").open("r+b") as file:
         file.seek(1000)
         file.write(b"damage")
