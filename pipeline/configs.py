@@ -218,7 +218,7 @@ def embedded() -> Config:
             risk=0.02,
             grid=(0.46, 0.44, 0.43, 0.42, 0.41, 0.4, 0.39, 0.38, 0.37, 0.36),
             required=True,
-            recall_min=0.65,
+            recall_min=0.5,  # 0.68 as measured; a training with other rounding moves the threshold by a step or two
             out_of_domain_rejected_min=0.995,
         ),
         gate_quality=GateQualityConfig(

@@ -1,9 +1,9 @@
 """What an embedding cannot see: a small word that turns a question into another one, and words it has never met.
 
 MiniLM as it comes puts "What are you capable of?" and "What are you not capable of?" at cosine 0.87; trained, it tells
-most such turns apart, and a guard makes sure of it. Each looks for one turn and lets a question pass only if the
-intent's own phrasings make the same turn. Guards only ever object, and every objection has a reason. `novelty` is the
-measure beside them: the share of a question's words that no text of the intent uses.
+most such turns apart, and a guard makes sure of it. Each looks for one turn and lets a question pass only if some of
+the intent's own phrasings make the same turn. Guards only ever object, and every objection has a reason. `novelty` is
+the measure beside them: the share of a question's words that no text of the intent uses.
 """
 
 import re
@@ -69,6 +69,8 @@ ASKING_WORDS = frozenset(
 )
 """What people ask with, whatever they ask for; in every form that has the same stem."""
 CONTRACTION = re.compile(r"(?:n't|'(?:s|d|ll|re|ve|m))$")
+ALIKE = 0.05
+"""Share of an intent's phrasings that must make a turn before a question may; one odd phrasing disarms no guard."""
 ENDINGS = ("ation", "ing", "er", "est", "ied", "ful", "ed", "ly", "e", "y")
 
 
@@ -177,6 +179,9 @@ def _kind(text: str) -> str | None:
 
 def _turn(pattern: re.Pattern[str], what: str, question: str, intent: Intent) -> str | None:
     found = pattern.search(question)
-    if found and not any(pattern.search(phrasing) for phrasing in intent.phrasings):
-        return f"it is {what} ({found.group(0)!r}), and this answer's phrasings are not"
-    return None
+    if found is None:
+        return None
+    alike = sum(pattern.search(phrasing) is not None for phrasing in intent.phrasings)
+    if alike >= ALIKE * len(intent.phrasings):
+        return None
+    return f"it is {what} ({found.group(0)!r}), and this answer's phrasings are not"

@@ -52,7 +52,7 @@ def test_a_leak_is_an_error(data: Path, tmp_path: Path) -> None:
 
 
 def test_near_duplicates_missed_paraphrases_and_suggestions(embedded_build: Path, data: Path, tmp_path: Path) -> None:
-    line = edit(data / "entries/people.yaml", "    - Who is Toto?\n", "    - Who is Toto?\n    - Who is this Wizard?\n")
+    line = edit(data / "entries/people.yaml", "    - Who is Toto?\n", "    - Who is Toto?\n    - Who's the Wizard?\n")
     misses = tmp_path / "misses.txt"
     cold, warm = "How do I bake sourdough bread?", "I ask myself whether Toto is the small dog Dorothy owns"
     misses.write_text(f"{cold}\n\n{warm}\n{warm}\n", encoding="utf-8")

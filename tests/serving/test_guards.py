@@ -43,6 +43,14 @@ def test_a_when_inside_a_question_is_not_what_it_asks() -> None:
     assert GUARDS["question kind"](lowered("Tell me why they fight when someone comes"), trees) is None
 
 
+def test_one_odd_phrasing_disarms_no_guard() -> None:
+    ordinary = [f"What can you do on day {day}?" for day in range(24)]
+    odd = Intent.of([*ordinary, "What can you not do?"], "Much.")
+    assert GUARDS["negation"](lowered("What are you not capable of?"), odd) is not None
+    usual = Intent.of([*ordinary, "What can you not do?", "What is it you can't do?"], "Much.")
+    assert GUARDS["negation"](lowered("What are you not capable of?"), usual) is None
+
+
 @pytest.mark.parametrize("intent", [ABILITIES, BUILDER, WITCHES])
 def test_every_guard_passes_the_intents_own_phrasings(intent: Intent) -> None:
     for phrasing in intent.phrasings:
