@@ -158,7 +158,8 @@ def compile_module(
         torch.no_grad(),
         warnings.catch_warnings(),
         _compiler_scratch(target) as cxx,
-        inductor.patch(freezing=freezing),
+        # Its checks of frozen weights' sizes print addresses of this process: no two builds would be the same bytes.
+        inductor.patch(freezing=freezing, size_asserts=not freezing),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytree classes
         exported = torch.export.export(module.eval(), arguments, dynamic_shapes=shapes)

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from model.errors import InputError
 from model.fields import describe
-from pipeline import check_data as author_check
 from pipeline.configs import CONFIGS, Config, named_config, with_settings
 from pipeline.fingerprint import ROOT
 from pipeline.progress import quiet_libraries, say
@@ -113,7 +112,9 @@ def status(build: Build, _options: argparse.Namespace) -> int:
 
 def check_data(build: Build, options: argparse.Namespace) -> int:
     """Prints what is wrong in cache_data, with file and line, what is doubtful, and what would be worth adding."""
-    found = author_check.check(Path(options.data), build.folder, options.misses)
+    from pipeline.check_data import check  # faiss and torch, which no other command needs
+
+    found = check(Path(options.data), build.folder, options.misses)
     for kind, lines in found._asdict().items():
         for line in lines:
             print(f"{kind.removesuffix('s')}: {line}")

@@ -14,7 +14,7 @@ import jsonschema
 import yaml
 
 from model.errors import InputError
-from serving.cache import normalise
+from serving.text import normalise
 
 Place = tuple[str | int, ...]
 

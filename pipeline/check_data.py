@@ -22,9 +22,10 @@ from pipeline.author_data import (
     read_validation,
 )
 from pipeline.progress import track
-from serving.cache import Cache, Considered, Hit, normalise
+from serving.cache import Cache, Considered, Hit
 from serving.certificate import admit
 from serving.embedder import Embedder
+from serving.text import normalise
 
 Result = TypeVar("Result")
 ALIKE = 0.95

@@ -82,8 +82,8 @@ class BuildCacheConfig(Checked):
     """How much the share of words that no text of the intent uses counts against a hit."""
     guards: tuple[str, ...]
     """Rules of serving/guards.py that may object, in this order."""
-    flat_max: Annotated[int, Range(0)] = 100_000
-    """Vectors up to which the search is exhaustive; a graph (HNSW) beyond."""
+    flat_max: Annotated[int, Range(0)] = 25_000
+    """Vectors up to which the search is exhaustive, and cheaper than the embedding; a graph (HNSW) beyond."""
     shard_texts: Annotated[int, Range(1)] = 1000
     """Texts that are embedded before the work so far is put on disk."""
 

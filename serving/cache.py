@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from model.artifact import manifest_digest, read_manifest
 from model.errors import InputError
 from serving.embedder import Embedder, TextTooLongError, Vector
-from serving.guards import GUARDS, Intent, lowered, novelty
+from serving.guards import GUARDS, Intent, novelty
+from serving.text import lowered, normalise
 
 LONGEST_QUESTION = 500
 """Characters; a longer message is a story, not a common question."""
@@ -65,12 +66,6 @@ class Considered:
     score: float
     objections: dict[str, str]
     """Each guard that objects, and why."""
-
-
-def normalise(text: str) -> str:
-    """The form in which two texts are exactly the same question: case, punctuation and spacing do not count."""
-    folded = lowered(unicodedata.normalize("NFKC", text)).replace("'", "")
-    return " ".join("".join(letter if letter.isalnum() else " " for letter in folded).split())
 
 
 class Cache:

@@ -16,7 +16,7 @@ from model.errors import InputError
 from serving.cache import Cache
 
 FORMAT_VERSION = 1
-DECIDED_BY = ("cache.py", "certificate.py", "embedder.py", "guards.py")
+DECIDED_BY = ("cache.py", "certificate.py", "embedder.py", "guards.py", "text.py")
 """The files of this package that make the decision."""
 REMEDY = 'run "python -m pipeline run certify_cache"'
 

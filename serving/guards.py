@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from serving.text import lowered
+
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 NEGATION = re.compile(
@@ -143,11 +145,6 @@ def novelty(question: str, intent: Intent) -> float:
     """Share of the content words of a lowered question that neither the phrasings nor the answer use; 0 without any."""
     stems = content_words(question)
     return sum(stem not in intent.content for stem in stems) / len(stems) if stems else 0.0
-
-
-def lowered(text: str) -> str:
-    """The form in which guards read a text."""
-    return text.casefold().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
 
 
 def content_words(text: str) -> dict[str, str]:

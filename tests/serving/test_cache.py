@@ -9,10 +9,11 @@ import pytest
 
 from model.artifact import write_manifest
 from model.errors import InputError
-from serving.cache import LONGEST_QUESTION, Cache, Considered, Hit, Miss, normalise
+from serving.cache import LONGEST_QUESTION, Cache, Considered, Hit, Miss
 from serving.certificate import admit
 from serving.embedder import Embedder
-from serving.guards import Intent, lowered, novelty
+from serving.guards import Intent, novelty
+from serving.text import lowered, normalise
 
 
 @pytest.mark.parametrize(

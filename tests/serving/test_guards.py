@@ -2,7 +2,8 @@
 
 import pytest
 
-from serving.guards import GUARDS, Intent, lowered, novelty
+from serving.guards import GUARDS, Intent, novelty
+from serving.text import lowered
 
 ABILITIES = Intent.of(["What are you capable of?", "Tell me what you can do.", "What do you do?"], "I tell stories.")
 BUILDER = Intent.of(["Who built the Emerald City?", "Who made the city?"], "The Wizard had it built by the people.")
