@@ -7,21 +7,37 @@ before anything is computed from it.
 
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from model.errors import InputError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+BLOCK = 1 << 20
+"""Bytes of a file that are read at once."""
 REMEDY = 'run "python -m pipeline run"'
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+Progress = Callable[[float], None]
+"""Is told how much of an artifact has been verified, from 0 to 1; by several threads, one at a time."""
+
+
+def unwatched(_done: float) -> None:
+    """The progress that no one watches."""
+
+
+def file_digest(path: Path, read: Callable[[int], None] = unwatched) -> str:
+    """SHA-256 of a file's content, in hexadecimal; `read` is told the size of every block."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+            read(size)
+    return digest.hexdigest()
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -59,7 +75,7 @@ def write_manifest(folder: Path, kind: str, facts: dict[str, Any]) -> None:
     write_json(folder / MANIFEST, {"format": FORMAT_VERSION, "kind": kind, **facts, "files": files})
 
 
-def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+def read_manifest(folder: Path, kind: str, progress: Progress = unwatched) -> dict[str, Any]:
     """Opens a sealed folder: checks its kind and every file's size and SHA-256. Raises InputError on any difference."""
     if not (folder / MANIFEST).exists():
         raise InputError(f"no {folder / MANIFEST}: {REMEDY}")
@@ -73,8 +89,16 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     unlisted = sorted({str(name) for name in files_below(folder)} - {*manifest["files"], MANIFEST})
     if unlisted:
         raise InputError(f"{folder / unlisted[0]}: not listed in {MANIFEST}; remove it, or {REMEDY}")
+    total, done, counting = sum(facts["bytes"] for facts in manifest["files"].values()), 0, Lock()
+
+    def read(size: int) -> None:
+        nonlocal done
+        with counting:
+            done += size
+            progress(done / total)
+
     with ThreadPoolExecutor() as pool:
-        faults = list(pool.map(lambda entry: _fault(folder / entry[0], entry[1]), manifest["files"].items()))
+        faults = list(pool.map(lambda entry: _fault(folder / entry[0], entry[1], read), manifest["files"].items()))
     for found_fault in filter(None, faults):
         raise InputError(f"{found_fault}: {REMEDY}")
     return manifest
@@ -85,13 +109,13 @@ def manifest_digest(folder: Path) -> str:
     return file_digest(folder / MANIFEST)
 
 
-def _fault(path: Path, expected: dict[str, Any]) -> str | None:
+def _fault(path: Path, expected: dict[str, Any], read: Callable[[int], None]) -> str | None:
     if not path.is_file():
         return f"{path}: missing"
     size = path.stat().st_size
     if size != expected["bytes"]:
         return f"{path}: {size} bytes found, {expected['bytes']} expected"
-    digest = file_digest(path)
+    digest = file_digest(path, read)
     if digest != expected["sha256"]:
         return f"{path}: SHA-256 {digest[:12]}… found, {expected['sha256'][:12]}… expected"
     return None

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from model.architecture import Architecture
+from model.artifact import Progress, unwatched
 from model.errors import InputError
 from model.kv_cache import PAGE, Pages, Place, TokenSequence, new_caches
 from model.llama import Model, rotary_table
 from model.program import CompiledModel
-from model.sampling import LogitsError, Sampler, Sampling
+from model.sampling import LogitsError, Sampler, Sampling, TokenLogprob, logprobs
 from model.tokenizer import TextStream, Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -35,6 +36,8 @@ class Piece:
     tokens: int
     """Tokens generated so far, the closing stop token not counted."""
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """This step's token and the likeliest ones, if `Sampling.logprobs` asks; none for the closing stop token."""
 
 
 class Reply:
@@ -45,6 +48,7 @@ class Reply:
         self.tokens = 0
         self.finish_reason: FinishReason | None = None
         self._limit, self._stop_tokens = limit, tokenizer.stop_tokens
+        self._logprobs = sampling.logprobs
         self._sampler = Sampler(sampling, sequence.tokens)
         self._stream, self._gate = TextStream(tokenizer), StopGate(sampling.stop)
 
@@ -55,17 +59,22 @@ class Reply:
             return self._end(self._gate.flush(self._stream.flush()), "stop")
         self.sequence.tokens.append(token)
         self.tokens += 1
+        known = () if self._logprobs is None else logprobs(logits_V, token, self._logprobs)
         text = self._gate.push(self._stream.push(token))
         if self._gate.stopped:
-            return self._end(text, "stop")
+            return self._end(text, "stop", known)
         if self.tokens < self._limit:
-            return Piece(text=text, tokens=self.tokens)
-        text += self._gate.flush(self._stream.flush())
-        return self._end(text, "stop" if self._gate.stopped else "length")
+            return Piece(text=text, tokens=self.tokens, logprobs=known)
+        return self.cut(text, known)
 
-    def _end(self, text: str, reason: FinishReason) -> Piece:
+    def cut(self, text: str = "", known: tuple[TokenLogprob, ...] = ()) -> Piece:
+        """Ends the reply for its length, with the text that was held back; after `text`, if that is to be shown too."""
+        text += self._gate.flush(self._stream.flush())
+        return self._end(text, "stop" if self._gate.stopped else "length", known)
+
+    def _end(self, text: str, reason: FinishReason, known: tuple[TokenLogprob, ...] = ()) -> Piece:
         self.finish_reason = reason
-        return Piece(text=text, tokens=self.tokens, finish_reason=reason)
+        return Piece(text=text, tokens=self.tokens, finish_reason=reason, logprobs=known)
 
 
 class Engine:
@@ -82,9 +91,9 @@ class Engine:
         self._caches = new_caches(model.architecture, self._pages.count, model.kv_dtype)
 
     @classmethod
-    def load(cls, folder: Path, sequences: int = 2) -> "Engine":
+    def load(cls, folder: Path, sequences: int = 2, progress: Progress = unwatched) -> "Engine":
         """Opens an exported engine folder (kind "engine"): verified, memory-mapped, nothing compiled."""
-        model = CompiledModel(folder)
+        model = CompiledModel(folder, progress)
         engine = cls(model, Tokenizer.load(folder), model.manifest["context"], sequences)
         engine.model_id = model.manifest["model_id"]
         return engine
@@ -113,18 +122,21 @@ class Engine:
         limit = min(sampling.max_tokens, self.context - len(prompt))
         return Reply(self.begin(prompt, len(prompt) + limit), sampling, limit, self.tokenizer)
 
-    def step(self, replies: Sequence[Reply]) -> list[Piece | None]:
-        """One forward pass; a piece for each reply that gained a token, None while its prompt is not through."""
+    def step(self, replies: Sequence[Reply]) -> list[Piece | LogitsError | None]:
+        """One forward pass; a piece for each reply that gained a token, None while its prompt is not through.
+
+        A reply whose logits are no numbers is closed, and its error stands in its piece's place.
+        """
         assert all(reply.finish_reason is None for reply in replies), "a finished reply is closed, not moved on"
         logits = self.advance([reply.sequence for reply in replies])
-        pieces: list[Piece | None] = []
+        pieces: list[Piece | LogitsError | None] = []
         for reply, logits_V in zip(replies, logits, strict=True):
             try:
                 pieces.append(None if logits_V is None else reply.advance(logits_V))
-            except LogitsError:
+            except LogitsError as fault:
                 self.close(reply)
                 self.forget()  # what led here must not be taken up by another reply
-                raise
+                pieces.append(fault)
         return pieces
 
     def close(self, reply: Reply) -> None:
@@ -203,6 +215,8 @@ class Engine:
         try:
             while reply.finish_reason is None:
                 (piece,) = self.step([reply])
+                if isinstance(piece, LogitsError):
+                    raise piece
                 if piece is not None:
                     yield piece
         finally:

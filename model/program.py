@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from model.architecture import Architecture
-from model.artifact import read_manifest
+from model.artifact import Progress, read_manifest, unwatched
 from model.cpu import family, runs
 from model.errors import InputError
 from model.int4_linear import Dense, Int4, Weight, check_packing, kernel, rows
@@ -180,8 +180,8 @@ class CompiledModel:
 
     kv_dtype = torch.bfloat16
 
-    def __init__(self, folder: Path) -> None:
-        self.manifest = read_manifest(folder, "engine")
+    def __init__(self, folder: Path, progress: Progress = unwatched) -> None:
+        self.manifest = read_manifest(folder, "engine", progress)
         check_origin(self.manifest, folder, "export")
         self.architecture = Architecture.from_dict(self.manifest["architecture"])
         if self.manifest["packing"] != kernel():

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class Sampling(Checked):
     max_tokens: Annotated[int, Range(1)] = 256
     stop: tuple[str, ...] = ()
     """Generation ends before the first of these appears in the text."""
+    logprobs: Annotated[int, Range(0, 20)] | None = None
+    """Report every token's log probability, and those of this many of the likeliest; None reports nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +62,21 @@ class Sampling(Checked):
             raise InputError("Sampling.top_p = 0: expected a number above 0 and up to 1")
         if "" in self.stop:
             raise InputError("Sampling.stop contains an empty text, which would stop everywhere; remove it")
+
+
+class TokenLogprob(NamedTuple):
+    """A token and its natural log probability by the model's own logits, before any penalty, temperature or filter."""
+
+    token: int
+    logprob: float
+
+
+def logprobs(logits_V: Tensor, token: int, count: int) -> tuple[TokenLogprob, ...]:
+    """The chosen token's log probability, and after it those of the `count` likeliest tokens."""
+    logprobs_V = logits_V.float().log_softmax(0)
+    top = logprobs_V.topk(count)
+    likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return TokenLogprob(token, float(logprobs_V[token])), *(TokenLogprob(*pair) for pair in likeliest)
 
 
 class Sampler:

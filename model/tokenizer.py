@@ -1,6 +1,7 @@
 """Text to tokens and back, and the chat template: `tokenizers` and `jinja2`, without `transformers`."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from model.errors import InputError
 
 Message = Mapping[str, str]
 """One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
+WORD_JOINER = "\N{WORD JOINER}"
 
 
 class Tokenizer:
@@ -24,6 +26,7 @@ class Tokenizer:
         environment.globals["raise_exception"] = _refuse
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         self._fast = fast
+        self._marks = _marks(fast)
         self._template = environment.from_string(chat_template)
         self._special = special
         self.stop_tokens = frozenset(stop_tokens)
@@ -40,6 +43,13 @@ class Tokenizer:
         ids: list[int] = self._fast.encode(text, add_special_tokens=add_special).ids
         return ids
 
+    def plain(self, text: str) -> str:
+        """The text with every special token's spelling broken by a word joiner: it is read as the letters it has.
+
+        Whoever writes a message must not be able to end their turn in it, or to speak as someone else.
+        """
+        return self._marks.sub(lambda mark: f"{mark[0][0]}{WORD_JOINER}{mark[0][1:]}", text)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of the tokens, special ones left out; an unfinished UTF-8 sequence shows as U+FFFD."""
         return str(self._fast.decode(list(tokens), skip_special_tokens=True))
@@ -52,8 +62,34 @@ class Tokenizer:
             raise InputError(f"the chat template refuses these messages: {fault}") from fault
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of `render_chat`; the template itself writes the beginning-of-text token."""
-        return self.encode(self.render_chat(messages), add_special=False)
+        """Tokens of `render_chat` of the messages as `plain` has them; the template writes the special tokens."""
+        said = [{**message, "content": self.plain(message["content"])} for message in messages]
+        return self.encode(self.render_chat(said), add_special=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; a special token's are those of its spelling, an unknown one has none."""
+        spelling: str | None = self._fast.id_to_token(token)
+        if spelling is None:
+            return b""
+        if all(letter in BYTE_OF for letter in spelling):
+            return bytes(BYTE_OF[letter] for letter in spelling)
+        return spelling.encode()
+
+
+def _byte_letters() -> dict[str, int]:
+    """Byte-level BPE writes bytes as letters: printable ones as themselves, the others from U+0100 on (GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_letters()
+
+
+def _marks(fast: FastTokenizer) -> re.Pattern[str]:
+    """Finds the special tokens as they are spelt."""
+    spelt = [token.content for token in fast.get_added_tokens_decoder().values() if token.special]
+    return re.compile("|".join(map(re.escape, sorted(spelt, key=len, reverse=True))) if spelt else r"(?!)")
 
 
 class TextStream:

@@ -1,6 +1,8 @@
-"""The storyteller's command line: python -m serving ask | chat | explain | serve."""
+"""The storyteller's command line: python -m serving ask | chat | explain | serve | key."""
 
 import argparse
+import hashlib
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -20,9 +22,7 @@ EPILOG = """examples:
   python -m serving chat
   PORT=9000 python -m serving serve
 
-environment: EMERALD_BUILD, HOST, PORT, EMERALD_THREADS, EMERALD_WAITING, EMERALD_REPLY_TOKENS, EMERALD_REVOKED"""
-DRAIN_SECONDS = 30
-"""How long a stopping server lets replies finish."""
+environment: the README's table "Settings of the server" has every variable"""
 CHAT_HELP = "Type what you do or ask. /new starts over, /quit leaves, Ctrl-C stops a reply."
 
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         settings = Settings.from_environment()
-        if options.build:
+        if getattr(options, "build", None):
             settings = replace(settings, build=options.build)
         return int(options.command(settings, options))
     except InputError as fault:
@@ -93,11 +93,18 @@ def explain(settings: Settings, options: argparse.Namespace) -> int:
 
 def serve(settings: Settings, _options: argparse.Namespace) -> int:
     """Serves the OpenAI-compatible HTTP interface."""
-    import uvicorn
-
     from serving.app import create_app
+    from serving.listener import listen
 
-    uvicorn.run(create_app(settings), host=settings.host, port=settings.port, timeout_graceful_shutdown=DRAIN_SECONDS)
+    listen(create_app(settings), settings)
+    return 0
+
+
+def key(_settings: Settings, _options: argparse.Namespace) -> int:
+    """Makes an API key: the key on standard output, what the server keeps of it on standard error."""
+    made = secrets.token_urlsafe(32)
+    print(made)
+    print(f"EMERALD_API_KEYS={hashlib.sha256(made.encode()).hexdigest()}", file=sys.stderr)
     return 0
 
 
@@ -108,8 +115,8 @@ def _answer_turn(storyteller: Storyteller, conversation: list[Message], options:
     except InputError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return None
-    if reply.dropped_turns:
-        print(f"(the first {reply.dropped_turns} messages no longer fit and are forgotten)", file=sys.stderr)
+    if reply.origin.dropped_turns:
+        print(f"(the first {reply.origin.dropped_turns} messages no longer fit and are forgotten)", file=sys.stderr)
     return _print_reply(reply)
 
 
@@ -129,14 +136,14 @@ def _print_reply(reply: Reply) -> str:
 
 
 def _origin(reply: Reply, timing: Timing) -> str:
-    if reply.cached is not None:
-        proof = reply.certificate
+    cached, proof = reply.origin.cached, reply.origin.certificate
+    if cached is not None:
         certainty = f"wrong at most {proof.bound:.1%} of the time, certified" if proof else "exact match"
-        return f"[cache: {reply.cached.entry}, {certainty}; {1e3 * timing.ttft_s:.1f} ms]"
+        return f"[cache: {cached.entry}, {certainty}; {1e3 * timing.ttft_s:.1f} ms]"
     speed = f", {1 / timing.tpot_s:.1f} tokens/s" if timing.tpot_s else ""
     return (
         f"[model: {timing.tokens} tokens, first after {1e3 * timing.ttft_s:.0f} ms{speed}; "
-        f"no ready answer because {reply.miss}]"
+        f"no ready answer because {reply.origin.miss}]"
     )
 
 
@@ -149,7 +156,7 @@ def _read_line() -> str | None:
 
 
 def _sampling(options: argparse.Namespace) -> Sampling:
-    names = [field.name for field in fields(Sampling) if field.name != "stop"]
+    names = [field.name for field in fields(Sampling) if field.name not in ("stop", "logprobs")]
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return Sampling(**given, stop=tuple(options.stop))
 
@@ -189,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         (chat, [common, sampled]),
         (explain, [common]),
         (serve, [common]),
+        (key, []),
     ):
         what = (command.__doc__ or "").splitlines()[0]
         chosen = commands.add_parser(command.__name__, parents=parents, help=what, description=what)

@@ -1,18 +1,20 @@
 """Answers a conversation: from the cache if its last question has a ready answer, else from the model.
 
-The model is loaded when it is first needed, so a question with a ready answer never waits for it.
+The model is loaded when it is first needed or asked for, so a question with a ready answer never waits for it.
 """
 
 import logging
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from model.artifact import MANIFEST, REMEDY, Progress, read_json, unwatched
 from model.cpu import available_cores
 from model.engine import Engine, FinishReason, Piece, Timing, timed
 from model.errors import InputError
@@ -24,21 +26,29 @@ from serving.embedder import Embedder
 from serving.settings import Settings
 
 LOG = logging.getLogger(__name__)
+VERIFIED_SHARE = 0.9
+"""Of loading, how much of the progress bar is reading and verifying files; the rest is computing the persona."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where an answer comes from."""
+
+    cached: Hit | None = None
+    """The ready answer, or None if the model answers."""
+    certificate: Certificate | None = None
+    """What vouches for a semantic match; None for an exact one, and for the model."""
+    miss: str | None = None
+    """Why the cache had no answer; None on a hit."""
+    dropped_turns: int = 0
+    """Turns at the beginning of the conversation that the context had no room for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
     """An answer on its way: where it comes from, and its pieces as they are made."""
 
-    cached: Hit | None
-    """The ready answer, or None if the model answers."""
-    certificate: Certificate | None
-    """What vouches for a semantic match; None for an exact one, and for the model."""
-    miss: str | None
-    """Why the cache had no answer; None on a hit."""
-    prompt_tokens: int
-    dropped_turns: int
-    """Turns at the beginning of the conversation that the context had no room for."""
+    origin: Origin
     pieces: Iterator[tuple[Piece, Timing]]
 
 
@@ -46,8 +56,10 @@ class Storyteller:
     """The persona, its ready answers and its model."""
 
     def __init__(self, settings: Settings) -> None:
-        torch.set_num_threads(settings.threads or available_cores())
+        self.threads = settings.threads or available_cores()
+        torch.set_num_threads(self.threads)
         self._settings = settings
+        self._progress: Progress = unwatched
         self.cache = Cache(settings.folder("cache"), Embedder(settings.folder("embedder")), settings.revoked_entries)
         self.certificate = admit(self.cache, Path(settings.build) / "certificate.json")
         if self.certificate is None:
@@ -56,52 +68,98 @@ class Storyteller:
     @cached_property
     def engine(self) -> Engine:
         """The model, loaded at the first use."""
-        return Engine.load(self._settings.folder("engine"))
+        return Engine.load(self._settings.folder("engine"), self._settings.contexts, self._progress)
 
-    def warm_up(self) -> None:
-        """Loads all that is otherwise loaded at its first use."""
+    def warm_up(self, progress: Progress = unwatched) -> None:
+        """Loads what else is loaded at its first use, and computes the persona, which every prompt begins with."""
+        self._progress = lambda done: progress(VERIFIED_SHARE * done)
         self.cache.nearest(self.cache.embedder.embed("hello"), 1)
-        self.engine.forget()
+        persona = self.engine.tokenizer.encode_chat([self._system({})])
+        self.engine.next_logits(persona)
+        progress(1.0)
 
-    def reply(self, conversation: Sequence[Message], sampling: Sampling, *, use_cache: bool = True) -> Reply:
-        """Answers the last user message of a conversation (user and assistant turns, oldest first)."""
+    @cached_property
+    def model_id(self) -> str:
+        """The model's name, which its folder tells before it is loaded and verified."""
+        return str(read_json(self._settings.folder("engine") / MANIFEST, REMEDY).get("model_id", "unnamed"))
+
+    def prologue(self) -> dict[str, Any]:
+        """Persona and prologue as visitors see them: what a choice tells the model stays here."""
+        scenes = [
+            {
+                **scene,
+                "choices": [{"id": one["id"], "label": one["label"]} for one in scene["choices"]],
+            }
+            if "choices" in scene
+            else scene
+            for scene in self.cache.prologue["scenes"]
+        ]
+        persona = {"name": self.cache.persona["name"], "greeting": self.cache.persona["greeting"]}
+        return {"persona": persona, "prologue": {"title": self.cache.prologue["title"], "scenes": scenes}}
+
+    def look_up(self, conversation: Sequence[Message], *, use_cache: bool = True) -> Origin:
+        """Whether a conversation (user and assistant turns, oldest first) ends in a question with a ready answer."""
         if not conversation or conversation[-1]["role"] != "user":
             raise InputError("the conversation must end with a user message")
-        start = time.perf_counter()
         found = self.cache.lookup(conversation[-1]["content"]) if use_cache else Miss(reason="the cache was bypassed")
-        if isinstance(found, Hit):
-            pieces = _spoken(found.answer, time.perf_counter() - start)
-            proof = self.certificate if found.tier == "semantic" else None
-            return Reply(cached=found, certificate=proof, miss=None, prompt_tokens=0, dropped_turns=0, pieces=pieces)
-        tokens, dropped = self._prompt(conversation, sampling)
-        pieces = timed(self.engine.generate(tokens, sampling))
-        return Reply(
-            cached=None,
-            certificate=None,
-            miss=found.reason,
-            prompt_tokens=len(tokens),
-            dropped_turns=dropped,
-            pieces=pieces,
-        )
+        if isinstance(found, Miss):
+            return Origin(miss=found.reason)
+        return Origin(cached=found, certificate=self.certificate if found.tier == "semantic" else None)
 
-    def _prompt(self, conversation: Sequence[Message], sampling: Sampling) -> tuple[list[int], int]:
-        """The persona and as many of the latest turns as leave room for the reply."""
-        persona = {"role": "system", "content": self.cache.persona["system_prompt"]}
-        room = self.engine.context - min(sampling.max_tokens, self.engine.context // 2)
-        for dropped in range(len(conversation)):
-            if conversation[dropped]["role"] == "user":
-                tokens = self.engine.tokenizer.encode_chat([persona, *conversation[dropped:]])
+    def prompt(
+        self, conversation: Sequence[Message], max_tokens: int, choices: Mapping[str, str] | None = None
+    ) -> tuple[list[int], int]:
+        """The persona and as many of the latest turns as leave room for the reply; and how many were dropped.
+
+        A system message that the conversation begins with stands in the persona's place. `choices` are the
+        visitor's in the prologue, by scene.
+        """
+        system, turns = self._system(choices or {}), list(conversation)
+        if turns[0]["role"] == "system":
+            system = turns.pop(0)
+        room = self.engine.context - min(max_tokens, self.engine.context // 2)
+        room = min(room, self._settings.prompt_tokens_max or room)
+        for dropped in range(len(turns)):
+            if turns[dropped]["role"] == "user":
+                tokens = self.engine.tokenizer.encode_chat([system, *turns[dropped:]])
                 if len(tokens) <= room:
                     return tokens, dropped
         raise InputError(
             f"the message is too long: with the persona it has {len(tokens)} tokens, and {room} fit beside a reply of "
-            f"{sampling.max_tokens}; shorten it"
+            f"{max_tokens}; shorten it"
         )
 
+    def reply(self, conversation: Sequence[Message], sampling: Sampling, *, use_cache: bool = True) -> Reply:
+        """Answers the last user message of a conversation on the spot, for one user alone."""
+        start = time.perf_counter()
+        origin = self.look_up(conversation, use_cache=use_cache)
+        if origin.cached is not None:
+            timing = Timing(ttft_s=time.perf_counter() - start, tpot_s=0.0, tokens=0)
+            return Reply(origin=origin, pieces=((piece, timing) for piece in spoken(origin.cached.answer)))
+        tokens, dropped = self.prompt(conversation, sampling.max_tokens)
+        pieces = timed(self.engine.generate(tokens, sampling))
+        return Reply(origin=Origin(miss=origin.miss, dropped_turns=dropped), pieces=pieces)
 
-def _spoken(answer: str, seconds: float) -> Iterator[tuple[Piece, Timing]]:
+    def _system(self, choices: Mapping[str, str]) -> Message:
+        """The persona, and what the visitor's choices in the prologue add to it."""
+        scenes = {scene["id"]: scene.get("choices", ()) for scene in self.cache.prologue["scenes"]}
+        unknown = sorted(choices.keys() - scenes.keys())
+        if unknown:
+            raise InputError(f"choices: the prologue has no scene {unknown[0]!r}; see /prologue")
+        shapes = []
+        for scene, options in scenes.items():
+            if scene in choices:
+                shaped = next((option["shapes"] for option in options if option["id"] == choices[scene]), None)
+                if shaped is None:
+                    raise InputError(f"choices: scene {scene!r} offers no {choices[scene]!r}; see /prologue")
+                shapes.append(shaped)
+        persona = self.cache.persona["system_prompt"].strip()
+        return {"role": "system", "content": " ".join([persona, *shapes])}
+
+
+def spoken(answer: str) -> Iterator[Piece]:
     """A ready answer word by word, so that it streams as the model does."""
     words = re.findall(r"\s*\S+", answer)
     for count, word in enumerate(words, start=1):
         done: FinishReason | None = "stop" if count == len(words) else None
-        yield Piece(text=word, tokens=0, finish_reason=done), Timing(ttft_s=seconds, tpot_s=0.0, tokens=0)
+        yield Piece(text=word, tokens=0, finish_reason=done)

@@ -1,276 +1,463 @@
-"""The HTTP interface: OpenAI's chat completions over the cache and the model.
+"""The HTTP interface: OpenAI's completions over the cache and the model, the page, and what operators look at.
 
-One reply is generated at a time; a bounded number of requests waits, and more are refused with 429. Every error has
-OpenAI's shape, and its status is in one table.
+Every error has OpenAI's shape; `serving/protocol.py` has the table of their statuses.
 """
 
-import json
-import threading
+import asyncio
+import hashlib
+import logging
 import time
-import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import fields
-from itertools import chain
-from typing import Annotated, Any, Literal
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
+from swagger_ui_bundle import swagger_ui_path
 
-from model.engine import Piece, Timing
+from model.engine import Piece
 from model.errors import InputError
-from model.sampling import LogitsError, Sampling
-from serving.answer import Reply, Storyteller
+from serving.answer import Origin
+from serving.completion import Completion, TextCompletion, event
+from serving.energy import Energy, EnergyModel
+from serving.metrics import Metrics
+from serving.protocol import (
+    ERROR_TYPES,
+    ChatRequest,
+    DetokenizeRequest,
+    ErrorBody,
+    TextRequest,
+    TokenizeRequest,
+    error_body,
+    refusal,
+)
+from serving.scheduler import ClosingError, OutOfTimeError, QueueFullError, Ticket
+from serving.security import Door
+from serving.service import LoadingError, Service
 from serving.settings import Settings
 
-ERROR_TYPES = {
-    400: "invalid_request_error",
-    404: "not_found_error",
-    405: "invalid_request_error",
-    429: "rate_limit_error",
+LOG = logging.getLogger("emerald.requests")
+WEB = Path(__file__).parent / "web"
+OWN_NAME = "emerald"
+"""Names the served model whatever it is, so that clients need not know."""
+SEND_SECONDS = 30.0
+"""How long beyond its reply's time a client may take to read it."""
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": kind.replace("_", " ")} for status, kind in ERROR_TYPES.items()
 }
-"""OpenAI's error type by HTTP status; any other is a server_error."""
+T = TypeVar("T")
 
 
-class ChatMessage(BaseModel):
-    """One turn."""
-
-    model_config = ConfigDict(extra="forbid")
-    role: Literal["user", "assistant"]
-    content: Annotated[str, Field(max_length=100_000)]
+class ClientGoneError(Exception):
+    """The client hung up before its answer began."""
 
 
-class StreamOptions(BaseModel):
-    """OpenAI's options of a streamed reply."""
-
-    model_config = ConfigDict(extra="forbid")
-    include_usage: bool = False
-
-
-class ChatRequest(BaseModel):
-    """The supported part of OpenAI's request; anything else is refused by name, never ignored."""
-
-    model_config = ConfigDict(extra="forbid")
-    model: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    n: Literal[1] = 1
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-
-
-class Turnstile:
-    """Lets one reply at a time use the model and a bounded number wait."""
-
-    def __init__(self, waiting_max: int) -> None:
-        self._places = threading.BoundedSemaphore(waiting_max + 1)
-        self._model = threading.Lock()
-
-    def pass_through(self, reply: Reply) -> Generator[tuple[Piece, Timing], None, None]:
-        """The reply's pieces, in turn; a ready answer needs no turn. Refuses with 429 when too many wait."""
-        if reply.cached is not None:
-            yield from reply.pieces
-            return
-        if not self._places.acquire(blocking=False):
-            raise HTTPException(429, "too many requests are waiting; try again later", {"Retry-After": "2"})
-        try:
-            with self._model:
-                yield from reply.pieces
-        finally:
-            self._places.release()
-
-
-class Service:
-    """The storyteller behind the routes, loaded in the background."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.turnstile = Turnstile(settings.waiting_max)
-        self.failure: str | None = None
-        self._storyteller: Storyteller | None = None
-        threading.Thread(target=self._load, name="load", daemon=True).start()
-
-    @property
-    def ready(self) -> bool:
-        return self._storyteller is not None
-
-    @property
-    def storyteller(self) -> Storyteller:
-        if self._storyteller is None:
-            raise HTTPException(
-                503, self.failure or "the model is still loading; try again in a moment", {"Retry-After": "1"}
-            )
-        return self._storyteller
-
-    def _load(self) -> None:
-        try:
-            storyteller = Storyteller(self.settings)
-            storyteller.warm_up()
-            self._storyteller = storyteller
-        except InputError as fault:
-            self.failure = f"the model cannot be loaded: {fault}"
+class PerKeyError(Exception):
+    """One key has too many requests at once."""
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The application; loading starts at once and the routes answer meanwhile."""
-    app = FastAPI(title="Emerald", description="A storyteller with ready answers and an int4 Llama.", version="0.1.0")
+    """The application; loading starts with it, and the routes answer meanwhile."""
     service = Service(settings)
+    metrics = Metrics(service)
+    calls = Calls(service, metrics)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(
+        title="Emerald",
+        description="A storyteller with ready answers, certified, and an int4 Llama.",
+        version="0.1.0",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=ERRORS,
+    )
 
     @app.get("/health/live")
-    def live() -> dict[str, str]:
+    async def live() -> dict[str, str]:
         """The process answers."""
         return {"status": "alive"}
 
     @app.get("/health/ready")
-    def ready() -> JSONResponse:
-        """200 when the model is loaded, 503 before."""
-        if not service.ready:
-            return JSONResponse({"status": service.failure or "loading"}, 503)
-        proof = service.storyteller.certificate
+    async def ready() -> JSONResponse:
+        """200 when the model is loaded; 503 before, with the progress of loading from 0 to 1."""
+        progress = round(service.progress, 3)
+        if service.scheduler is None:
+            return JSONResponse({"status": service.failure or "loading", "progress": progress}, 503)
+        proof = service.opened().certificate
         cache = "exact matches only" if proof is None else f"certified {proof.identity}"
-        return JSONResponse({"status": "ready", "cache": cache})
+        return JSONResponse({"status": "ready", "progress": progress, "cache": cache})
+
+    @app.get("/metrics")
+    async def figures() -> Response:
+        """Prometheus's text format."""
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models")
-    def models() -> dict[str, Any]:
+    async def models() -> dict[str, Any]:
         """The one model that is served."""
-        model_id = service.storyteller.engine.model_id
-        return {"object": "list", "data": [{"id": model_id, "object": "model", "owned_by": "emerald"}]}
+        return {"object": "list", "data": [_model(service)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """That model, by its name."""
+        calls.check_model(name)
+        return _model(service)
 
     @app.post("/v1/chat/completions", response_model=None)
-    def chat_completions(request: ChatRequest, http: Request) -> Response:
+    async def chat_completions(request: ChatRequest, http: Request) -> Response:
         """A chat completion, whole or streamed; `Cache-Control: no-cache` asks the model in any case."""
-        storyteller = service.storyteller
-        use_cache = "no-cache" not in http.headers.get("cache-control", "").lower()
-        messages = [message.model_dump() for message in request.messages]
-        reply = storyteller.reply(messages, _sampling(request, settings), use_cache=use_cache)
-        completion = Completion(model=request.model or storyteller.engine.model_id, reply=reply)
-        pieces = service.turnstile.pass_through(reply)
-        first = next(pieces)  # the queue and the prompt are passed before the status line is sent
-        headers = _origin_headers(reply)
-        if request.stream:
-            with_usage = request.stream_options is not None and request.stream_options.include_usage
-            events = completion.events(chain([first], pieces), with_usage=with_usage)
-            return EventStream(events, pieces.close, headers)
-        return JSONResponse(completion.whole(chain([first], pieces)), headers=headers)
+        turns = request.conversation(settings)
+        bypass = "no-cache" in http.headers.get("cache-control", "").lower() or turns[0]["role"] == "system"
+        calls.log_prompt(http, turns[-1]["content"])
 
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(InputError, _refused)
-    app.add_exception_handler(LogitsError, _damaged)
-    app.add_exception_handler(HTTPException, _http_error)
+        def begin(ticket: Ticket) -> "Future[Origin]":
+            use_cache = request.emerald.cache and not bypass
+            return service.answer(ticket, turns, use_cache=use_cache, choices=request.emerald.choices)
+
+        return await calls.complete(http, request, Completion, begin)
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(request: TextRequest, http: Request) -> Response:
+        """Goes on with plain text, without persona or cache."""
+        calls.log_prompt(http, str(request.prompt))
+        return await calls.complete(
+            http, request, TextCompletion, lambda ticket: service.continue_text(ticket, request.prompt)
+        )
+
+    @app.post("/tokenize")
+    async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
+        """Tokens of a text, or of a conversation as the model would read it (vLLM's route)."""
+        tokenizer = service.engine().tokenizer
+        if (request.prompt is None) == (request.messages is None):
+            raise InputError("give either prompt or messages")
+        if request.messages is None:
+            tokens = tokenizer.encode(tokenizer.plain(request.prompt or ""))
+        else:
+            tokens = tokenizer.encode_chat([message.plain() for message in request.messages])
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": service.engine().context}
+
+    @app.post("/detokenize")
+    async def detokenize(request: DetokenizeRequest) -> dict[str, str]:
+        """Text of tokens, special ones left out."""
+        engine = service.engine()
+        if any(token >= engine.architecture.vocab for token in request.tokens):
+            raise InputError(f"tokens: the vocabulary has the tokens 0 to {engine.architecture.vocab - 1}")
+        return {"prompt": engine.tokenizer.decode(request.tokens)}
+
+    @app.get("/prologue")
+    async def prologue() -> dict[str, Any]:
+        """What a visitor sees while the model loads."""
+        return {**service.opened().prologue(), "model": service.opened().model_id}
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(WEB / "index.html", headers={"Cache-Control": "no-cache"})
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> FileResponse:
+        return FileResponse(WEB / "docs.html")
+
+    app.mount("/web", StaticFiles(directory=WEB))
+    app.mount("/swagger", StaticFiles(directory=swagger_ui_path))
+    _add_handlers(app, metrics)
+    app.add_middleware(Door, settings=settings)
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Cache-Control", "Content-Type"],
+            expose_headers=["Retry-After", *EXPOSED],
+        )
     return app
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events that give their turn back when the client has gone, not when Python next collects garbage."""
+class Calls:
+    """Completions from arrival to end: places, figures, and clients that hang up."""
 
-    def __init__(self, events: Iterator[str], close: Callable[[], None], headers: Mapping[str, str]) -> None:
+    def __init__(self, service: Service, metrics: Metrics) -> None:
+        self._service, self._metrics = service, metrics
+        self._settings = service.settings
+        self._energy = EnergyModel(service.settings.grams_per_kwh)
+        self._at_once: Counter[str] = Counter()
+
+    def check_model(self, name: str | None) -> None:
+        """Raises 404 for a model that is not served."""
+        known = self._service.opened().model_id
+        if name not in (None, OWN_NAME, known):
+            raise HTTPException(404, f"model {name!r} is not served here; use {known!r} or {OWN_NAME!r}")
+
+    def log_prompt(self, http: Request, text: str) -> None:
+        """Length and digest of what was said; the text itself only where the operator wants it."""
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        said = repr(text) if self._settings.log_prompts else f"{len(text)} characters, SHA-256 {digest}"
+        LOG.info("%s %s: %s", http.scope["client_name"], http.url.path, said)
+
+    async def complete(
+        self,
+        http: Request,
+        request: ChatRequest | TextRequest,
+        shape: type[Completion],
+        begin: Callable[[Ticket], "Future[Origin]"],
+    ) -> Response:
+        """Answers one request; a client that hangs up, at whatever moment, ends its reply before the next token."""
+        self.check_model(request.model)
+        inbox = Inbox()
+        client = http.scope["client_name"]
+        ticket = Ticket(request.sampling(self._settings), client, self._settings.reply_seconds, inbox.deliver)
+        self._enter(client)
+        call = Call(ticket, lambda reason, origin: self._leave(ticket, reason, origin))
+        try:
+            call.origin = await _until_gone(http, asyncio.wrap_future(begin(ticket)))
+            self._metrics.looked_up(call.origin)
+            tokenizer = None if call.origin.cached else self._service.engine().tokenizer
+            name = request.model or self._service.opened().model_id
+            completion = shape(name, ticket, tokenizer, self._energy)
+            pieces = inbox.pieces()
+            first = await _until_gone(http, anext(pieces))
+            headers = {"X-Request-Id": completion.identity, **_origin_headers(call.origin)}
+            if request.stream:
+                events = completion.events(_after(first, pieces), with_usage=request.with_usage)
+                seconds = self._settings.reply_seconds + SEND_SECONDS
+                return EventStream(call.watched(events), headers, seconds, call.end)
+            spoken = await _until_gone(http, _gathered(first, pieces))
+            call.reason = str(spoken[-1].finish_reason)
+            headers |= _energy_headers(self._energy.of(ticket.cpu_seconds))
+            answer = JSONResponse(completion.whole(spoken), headers=headers)
+        except BaseException:
+            call.end()
+            raise
+        call.end()
+        return answer
+
+    def _enter(self, client: str) -> None:
+        if client.startswith("key ") and self._at_once[client] >= self._settings.per_key_max:
+            raise PerKeyError(f"this key has {self._settings.per_key_max} requests under way; wait for one to end")
+        self._at_once[client] += 1
+
+    def _leave(self, ticket: Ticket, reason: str, origin: Origin | None) -> None:
+        self._at_once[ticket.client] -= 1
+        if not self._at_once[ticket.client]:
+            del self._at_once[ticket.client]
+        cached = origin is not None and origin.cached is not None
+        seconds, energy = time.perf_counter() - ticket.created, self._energy.of(ticket.cpu_seconds)
+        self._metrics.ended(ticket, reason, seconds, energy, cached=cached)
+
+
+class Call:
+    """One completion under way. Whatever happens to it, it ends exactly once."""
+
+    def __init__(self, ticket: Ticket, leave: Callable[[str, Origin | None], None]) -> None:
+        self._ticket, self._leave = ticket, leave
+        self._ended = False
+        self.origin: Origin | None = None
+        self.reason = "abort"
+
+    def end(self) -> None:
+        """Gives up whatever is still running and counts the request."""
+        if not self._ended:
+            self._ended = True
+            self._ticket.cancel()
+            self._leave(self.reason, self.origin)
+
+    async def watched(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
+        """The events; an error among them becomes the last one, since the status line has been sent."""
+        try:
+            async for one in events:
+                yield one
+            self.reason = "stop"
+        except Exception as fault:
+            status, message, _ = described(fault)
+            self.reason = "error"
+            yield event(error_body(status, message))
+
+
+class Inbox:
+    """Pieces from the threads that make them, awaited in the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+
+    def deliver(self, piece: Piece | Exception) -> None:
+        """Called by any thread; RuntimeError if the loop was closed."""
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Up to the piece with a finish reason; raises an exception that was delivered."""
+        while True:
+            piece = await self._queue.get()
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+            if piece.finish_reason:
+                return
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events with a limit on their time, and an end that is always told of."""
+
+    def __init__(
+        self, events: AsyncIterator[str], headers: dict[str, str], seconds: float, end: Callable[[], None]
+    ) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers}
         super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._close = close
+        self._seconds, self._end = seconds, end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout(self._seconds):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            LOG.warning("a client did not read its reply within %g seconds", self._seconds)
         finally:
-            self._close()
+            self._end()
 
 
-class Completion:
-    """One reply in OpenAI's shapes."""
-
-    def __init__(self, model: str, reply: Reply) -> None:
-        self._reply = reply
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-
-    def whole(self, pieces: Iterable[tuple[Piece, Timing]]) -> dict[str, Any]:
-        """A `chat.completion` object."""
-        spoken = [piece for piece, _ in pieces]
-        message = {"role": "assistant", "content": "".join(piece.text for piece in spoken)}
-        choice = {"index": 0, "message": message, "finish_reason": spoken[-1].finish_reason, "logprobs": None}
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": self._usage(spoken[-1])}
-
-    def events(self, pieces: Iterable[tuple[Piece, Timing]], *, with_usage: bool) -> Iterator[str]:
-        """Server-sent events of `chat.completion.chunk` objects, closed by [DONE]."""
-        yield self._event({"role": "assistant", "content": ""}, None)
-        for piece, _ in pieces:
-            if piece.text:
-                yield self._event({"content": piece.text}, None)
-            if piece.finish_reason:
-                yield self._event({}, piece.finish_reason)
-                if with_usage:
-                    yield self._data({"choices": [], "usage": self._usage(piece)})
-        yield "data: [DONE]\n\n"
-
-    def _event(self, delta: dict[str, str], finish_reason: str | None) -> str:
-        return self._data({"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}]})
-
-    def _data(self, content: dict[str, Any]) -> str:
-        chunk = {**self._head, "object": "chat.completion.chunk", **content}
-        return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-
-    def _usage(self, last: Piece) -> dict[str, int]:
-        prompt, made = self._reply.prompt_tokens, last.tokens
-        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+async def _until_gone(http: Request, work: Awaitable[T]) -> T:
+    """Awaits; cancels it and raises ClientGoneError if the client hangs up first."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hang_up(http.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        for waiting in (task, gone):
+            waiting.cancel()
 
 
-def _sampling(request: ChatRequest, settings: Settings) -> Sampling:
-    longest = request.max_completion_tokens or request.max_tokens or settings.reply_tokens_max
-    if longest > settings.reply_tokens_max:
-        raise InputError(f"max_tokens = {longest}: this server generates at most {settings.reply_tokens_max} tokens")
-    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    names = [field.name for field in fields(Sampling) if field.name not in ("max_tokens", "stop")]
-    given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
-    return Sampling(**given, max_tokens=longest, stop=tuple(stop))
+async def _hang_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
-def _origin_headers(reply: Reply) -> dict[str, str]:
-    """Where the answer came from; for a semantic match, by which certificate, and how often it is wrong at most."""
-    if reply.cached is not None:
-        origin = {
-            "X-Emerald-Source": "cache",
-            "X-Emerald-Entry": reply.cached.entry,
-            "X-Emerald-Tier": reply.cached.tier,
+async def _after(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+    yield first
+    if not first.finish_reason:
+        async for piece in rest:
+            yield piece
+
+
+async def _gathered(first: Piece, rest: AsyncIterator[Piece]) -> list[Piece]:
+    return [piece async for piece in _after(first, rest)]
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {"id": service.opened().model_id, "object": "model", "created": 0, "owned_by": OWN_NAME}
+
+
+EXPOSED = (
+    "X-Request-Id",
+    "X-Emerald-Source",
+    "X-Emerald-Entry",
+    "X-Emerald-Tier",
+    "X-Emerald-Certificate",
+    "X-Emerald-False-Hit-Bound",
+    "X-Emerald-Miss",
+    "X-Emerald-Dropped-Turns",
+    "X-Emerald-CPU-Seconds",
+    "X-Emerald-Joules",
+    "X-Emerald-Grams-CO2e",
+    "X-Emerald-Energy-Source",
+)
+
+
+def _origin_headers(origin: Origin) -> dict[str, str]:
+    """Where the answer came from; for a semantic match, by which certificate, and how often it is wrong at most.
+
+    Never how similar the question was: that would show how to poison or probe a cache.
+    """
+    if origin.cached is None:
+        return {
+            "X-Emerald-Source": "model",
+            "X-Emerald-Miss": (origin.miss or "").encode("ascii", "replace").decode().replace("\n", " "),
+            "X-Emerald-Dropped-Turns": str(origin.dropped_turns),
         }
-        if reply.certificate is not None:
-            origin["X-Emerald-Certificate"] = reply.certificate.identity
-            origin["X-Emerald-False-Hit-Bound"] = f"{reply.certificate.bound:.4f}"
-        return origin
-    return {"X-Emerald-Source": "model", "X-Emerald-Dropped-Turns": str(reply.dropped_turns)}
+    headers = {
+        "X-Emerald-Source": "cache",
+        "X-Emerald-Entry": origin.cached.entry,
+        "X-Emerald-Tier": origin.cached.tier,
+    }
+    if origin.certificate is not None:
+        headers["X-Emerald-Certificate"] = origin.certificate.identity
+        headers["X-Emerald-False-Hit-Bound"] = f"{origin.certificate.bound:.4f}"
+    return headers
 
 
-def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    kind = ERROR_TYPES.get(status, "server_error")
-    body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
-    return JSONResponse(body, status, headers=dict(headers or {}))
+def _energy_headers(energy: Energy) -> dict[str, str]:
+    figures = asdict(energy)
+    return {
+        "X-Emerald-CPU-Seconds": f"{figures['cpu_seconds']:.6f}",
+        "X-Emerald-Joules": f"{figures['joules']:.6f}",
+        "X-Emerald-Grams-CO2e": f"{figures['grams_co2e']:.9f}",
+        "X-Emerald-Energy-Source": energy.source,
+    }
 
 
-def _invalid(_request: Request, fault: Exception) -> JSONResponse:
-    assert isinstance(fault, RequestValidationError)
-    first = fault.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-    return _error(400, f"{place}: {first['msg']}")
+def described(fault: Exception) -> tuple[int, str, dict[str, str]]:
+    """Status, message and headers for any exception; what is not foreseen says nothing of itself."""
+    match fault:
+        case InputError():
+            return 400, str(fault), {}
+        case QueueFullError():
+            return 429, str(fault), {"Retry-After": str(fault.retry_after)}
+        case PerKeyError():
+            return 429, str(fault), {"Retry-After": "1"}
+        case LoadingError():
+            return 503, str(fault), {} if fault.failed else {"Retry-After": "1"}
+        case ClosingError() | OutOfTimeError():
+            return 503, str(fault), {"Retry-After": "5"}
+        case ClientGoneError():
+            return 408, "the client hung up", {}
+        case HTTPException():
+            return fault.status_code, str(fault.detail), dict(fault.headers or {})
+        case _:
+            return 500, "something went wrong on the server; its log says what", {}
 
 
-def _damaged(_request: Request, fault: Exception) -> JSONResponse:
-    return _error(500, str(fault))
+def _add_handlers(app: FastAPI, metrics: Metrics) -> None:
+    def answer(status: int, message: str, headers: dict[str, str], param: str | None = None) -> JSONResponse:
+        metrics.refused(status)
+        return JSONResponse(error_body(status, message, param), status, headers)
 
+    async def invalid(_http: Request, fault: Exception) -> JSONResponse:
+        assert isinstance(fault, RequestValidationError)
+        message, param = refusal(list(fault.errors()))
+        return answer(400, message, {}, param)
 
-def _refused(_request: Request, fault: Exception) -> JSONResponse:
-    return _error(400, str(fault))
+    async def foreseen(_http: Request, fault: Exception) -> JSONResponse:
+        return answer(*described(fault))
 
+    async def unforeseen(_http: Request, fault: Exception) -> JSONResponse:
+        return answer(*described(fault))
 
-def _http_error(_request: Request, fault: Exception) -> JSONResponse:
-    assert isinstance(fault, HTTPException)
-    return _error(fault.status_code, str(fault.detail), fault.headers)
+    app.add_exception_handler(RequestValidationError, invalid)
+    kinds: tuple[type[Exception], ...] = (
+        InputError,
+        QueueFullError,
+        PerKeyError,
+        LoadingError,
+        ClosingError,
+        OutOfTimeError,
+        ClientGoneError,
+        HTTPException,
+    )
+    for kind in kinds:
+        app.add_exception_handler(kind, foreseen)
+    app.add_exception_handler(Exception, unforeseen)

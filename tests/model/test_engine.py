@@ -68,6 +68,13 @@ def computed(engine: Engine, sequence: TokenSequence) -> Tensor:
             return logits_V
 
 
+def step(engine: Engine, replies: Sequence[Reply]) -> list[Piece | None]:
+    """A step in which every reply's logits are numbers."""
+    pieces = engine.step(replies)
+    assert not any(isinstance(piece, LogitsError) for piece in pieces)
+    return [piece for piece in pieces if not isinstance(piece, LogitsError)]
+
+
 def assert_all_room_is_free(engine: Engine, sequences: int = 2) -> None:
     opened = [engine.begin([5], CONTEXT) for _ in range(sequences)]
     for sequence in opened:
@@ -198,7 +205,7 @@ def test_forget_leaves_open_replies_alone(exact: Engine) -> None:
     reply, pieces = exact.open(prompt, GREEDY), list[Piece | None]()
     while reply.finish_reason is None:
         exact.forget()
-        pieces += exact.step([reply])
+        pieces += step(exact, [reply])
         exact.next_logits(random_tokens(60, seed=len(pieces)))
     exact.close(reply)
     assert text_of([piece for piece in pieces if piece]) == expected
@@ -242,7 +249,7 @@ class Conversation:
 
     def _step(self, chosen: list[tuple[Reply, tuple[list[int], Sampling], list[Piece]]]) -> None:
         self._random.shuffle(chosen)
-        for one, piece in zip(chosen, self._engine.step([reply for reply, _, _ in chosen]), strict=True):
+        for one, piece in zip(chosen, step(self._engine, [reply for reply, _, _ in chosen]), strict=True):
             reply, request, pieces = one
             pieces += [piece] if piece else []
             if reply.finish_reason is not None:
@@ -275,7 +282,7 @@ def test_eager_replies_say_together_what_each_says_alone(engine: Engine, monkeyp
     texts = [""] * len(replies)
     while any(reply.finish_reason is None for reply in replies):
         going = [reply for reply in replies if reply.finish_reason is None]
-        for reply, piece in zip(going, engine.step(going), strict=True):
+        for reply, piece in zip(going, step(engine, going), strict=True):
             texts[replies.index(reply)] += piece.text if piece else ""
     assert texts == expected
 
@@ -324,7 +331,7 @@ def test_full_cache_refuses_until_a_reply_is_closed(engine: Engine) -> None:
     replies = [engine.open(prompt, whole), engine.open(random_tokens(41), whole)]
     texts = [""] * 2
     for _ in range(10):
-        for row, piece in enumerate(engine.step(replies)):
+        for row, piece in enumerate(step(engine, replies)):
             texts[row] += piece.text if piece else ""
         with pytest.raises(CacheFullError, match="a sequence of 200 does not fit beside the open ones: wait for one"):
             engine.open(prompt, whole)
@@ -432,12 +439,12 @@ def test_failed_pass_can_be_repeated(fragile: Engine, faulty: Faulty, place: str
     expected = [alone(fragile, prompt) for prompt in prompts]
     replies = [fragile.open(prompt, GREEDY) for prompt in prompts]
     texts = [""] * len(replies)
-    for step in range(24):
-        if step == steps:
+    for number in range(24):
+        if number == steps:
             faulty.fault = place
             with pytest.raises(MemoryError):
                 fragile.step(replies)
-        for row, piece in enumerate(fragile.step(replies)):
+        for row, piece in enumerate(step(fragile, replies)):
             assert piece is not None
             texts[row] += piece.text
     assert texts == expected

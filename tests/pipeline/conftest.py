@@ -134,6 +134,7 @@ def run(config, notes, output):
     if os.environ.get("DIE_IN") == "join":
         os.kill(os.getpid(), signal.SIGKILL)
     if os.environ.get("STOP_IN") == "join":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         os.kill(os.getpid(), signal.SIGINT)
     output.write_text(loud(" ".join(note.read_text() for note in sorted(notes.iterdir()))))
 ''',

@@ -1,0 +1,220 @@
+"""What clients may send and what errors they get: OpenAI's shapes, each written once.
+
+Whatever is not supported is refused by name, never ignored.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from model.errors import InputError
+from model.sampling import Sampling
+from model.tokenizer import Message
+from serving.settings import Settings
+
+ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "overloaded_error",
+}
+"""Every status of an error that this server sends, with OpenAI's name for its type."""
+
+
+def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": ERROR_TYPES[status], "param": param, "code": None}}
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair, which is no character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ErrorDetail(_Strict):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(_Strict):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+class TextPart(_Strict):
+    """A part of a message; text is the only kind that is read."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(_Strict):
+    """One turn. The fields that are null in OpenAI's own answers may come back as null."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+
+    def plain(self) -> Message:
+        """Role and text."""
+        role = "system" if self.role == "developer" else self.role
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": role, "content": text}
+
+
+class StreamOptions(_Strict):
+    """OpenAI's options of a streamed reply."""
+
+    include_usage: bool = False
+
+
+class EmeraldOptions(_Strict):
+    """What no other server has."""
+
+    cache: bool = True
+    """False asks the model even if there is a ready answer."""
+    choices: Annotated[dict[str, str], Field(max_length=100)] = {}
+    """The visitor's choices in the prologue, by scene; they shape the system prompt."""
+
+
+class _Generation(_Strict):
+    """What chat and plain completions share."""
+
+    model: Text | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Literal[1] = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    """Accepted for the caller's own records; not used."""
+
+    @property
+    def longest(self) -> int | None:
+        """The longest reply that is asked for."""
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many likeliest tokens to report beside each; None reports nothing."""
+        return None
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, settings: Settings) -> Sampling:
+        """The request's wishes; InputError names one that is out of range."""
+        longest = self.longest or settings.reply_tokens_max
+        if longest > settings.reply_tokens_max:
+            raise InputError(f"max_tokens = {longest}: this server gives at most {settings.reply_tokens_max}")
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        names = {field.name for field in fields(Sampling)} - {"max_tokens", "stop", "logprobs"}
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return Sampling(**given, max_tokens=longest, stop=tuple(stop), logprobs=self.alternatives)
+
+
+class ChatRequest(_Generation):
+    """The supported part of OpenAI's chat completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    emerald: EmeraldOptions = EmeraldOptions()
+
+    @property
+    def longest(self) -> int | None:
+        """The longest reply that is asked for."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many likeliest tokens to report beside each; None reports nothing."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InputError("top_logprobs: it needs logprobs to be true")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def conversation(self, settings: Settings) -> list[Message]:
+        """The turns, oldest first; InputError for a system prompt where none is allowed."""
+        turns = [message.plain() for message in self.messages]
+        systems = [at for at, turn in enumerate(turns) if turn["role"] == "system"]
+        if systems and not settings.system_prompt:
+            raise InputError(
+                f"messages.{systems[0]}.role: this server speaks as its own persona and takes no system prompt "
+                "(whoever runs it can allow them with EMERALD_SYSTEM_PROMPT=true)"
+            )
+        if systems not in ([], [0]) or len(turns) == len(systems):
+            raise InputError("messages: a system prompt comes first, once, and a user message after it")
+        return turns
+
+
+class TextRequest(_Generation):
+    """The supported part of OpenAI's completions: plain text goes on, without persona or cache."""
+
+    prompt: Annotated[Text, Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: Literal[False] = False
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many likeliest tokens to report beside each; None reports nothing."""
+        return self.logprobs
+
+
+class TokenizeRequest(_Strict):
+    """Text, or a conversation as the chat template writes it, with the persona in front."""
+
+    prompt: Text | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)] | None = None
+
+
+class DetokenizeRequest(_Strict):
+    """Tokens."""
+
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+def refusal(errors: list[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """Message and parameter for what pydantic found first; its input, which is the user's text, is left out."""
+    first = errors[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "extra_forbidden":
+        return f"{place}: not supported by this server; leave it out", place
+    return f"{place or 'body'}: {first['msg'].removeprefix('Value error, ')}", place or None

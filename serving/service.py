@@ -1,0 +1,169 @@
+"""The storyteller as servers use it: loaded in the background, asked by many at once.
+
+One thread looks questions up, another generates (see `serving/scheduler.py`); callers get pieces through a function of
+theirs. Ready answers are given while the model is still loading.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+
+from model.engine import Engine, Piece
+from model.errors import InputError
+from model.tokenizer import Message
+from serving.answer import Origin, Storyteller, spoken
+from serving.scheduler import ClosingError, QueueFullError, Scheduler, Ticket
+from serving.settings import Settings
+
+LOG = logging.getLogger(__name__)
+READY_WAIT_SECONDS = 0.05
+
+
+class LoadingError(Exception):
+    """The model cannot answer yet, or, once `failed`, ever."""
+
+    def __init__(self, message: str, *, failed: bool = False) -> None:
+        super().__init__(message)
+        self.failed = failed
+
+
+class Service:
+    """A storyteller and its threads. `start` it, ask it, `close` it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.progress = 0.0
+        """How much of loading is done, from 0 to 1."""
+        self.failure: str | None = None
+        """Why loading failed, in words without paths; None unless it did."""
+        self.storyteller: Storyteller | None = None
+        """The ready answers; before the model."""
+        self.scheduler: Scheduler | None = None
+        """The model; None until it is loaded."""
+        self._lookups = ThreadPoolExecutor(1, "lookup", torch.set_num_threads, (1,))  # beside the model's threads
+        self._places = threading.BoundedSemaphore(settings.waiting_max + settings.running_max)
+        self._loading = threading.Thread(target=self._load, name="load", daemon=True)
+
+    def start(self) -> None:
+        """Begins to load."""
+        self._loading.start()
+
+    def close(self) -> None:
+        """Takes nothing new, and lets what was admitted end within the time that is set for it."""
+        self._lookups.shutdown(wait=True)
+        if self.scheduler is not None:
+            self.scheduler.close(self.settings.drain_seconds)
+
+    def opened(self) -> Storyteller:
+        """The storyteller, once its ready answers are open; else LoadingError."""
+        if self.storyteller is None:
+            raise self._not_ready()
+        return self.storyteller
+
+    def engine(self) -> Engine:
+        """The model, once it is loaded: for its tokenizer and its facts, never to generate. Else LoadingError."""
+        if self.scheduler is None:
+            raise self._not_ready()
+        return self.opened().engine
+
+    def answer(
+        self,
+        ticket: Ticket,
+        conversation: Sequence[Message],
+        *,
+        use_cache: bool = True,
+        choices: Mapping[str, str] | None = None,
+    ) -> "Future[Origin]":
+        """Looks the conversation's last question up, and queues the ticket for the model if there is no answer.
+
+        Pieces go to the ticket's `deliver`, a ready answer's too. The future raises InputError, LoadingError,
+        QueueFullError or ClosingError, and then nothing is delivered.
+        """
+
+        def work() -> Origin:
+            start = time.thread_time()
+            origin = self.opened().look_up(conversation, use_cache=use_cache)
+            ticket.cpu_seconds = time.thread_time() - start
+            if origin.cached is not None:
+                _give(ticket, spoken(origin.cached.answer))
+                return origin
+            self.engine()
+            tokens, dropped = self.opened().prompt(conversation, ticket.sampling.max_tokens, choices)
+            self._generate(ticket, tokens)
+            return replace(origin, dropped_turns=dropped)
+
+        return self._look_up(work)
+
+    def continue_text(self, ticket: Ticket, text: str | Sequence[int]) -> "Future[Origin]":
+        """Queues plain text, or its tokens, for the model to go on with: no persona, no cache."""
+
+        def work() -> Origin:
+            tokenizer = self.engine().tokenizer
+            tokens = tokenizer.encode(tokenizer.plain(text)) if isinstance(text, str) else list(text)
+            most = self.settings.prompt_tokens_max
+            if most is not None and len(tokens) > most:
+                raise InputError(f"prompt: it has {len(tokens)} tokens, and this server reads {most}; shorten it")
+            if not tokens:
+                raise InputError("prompt: it is empty; give at least one token")
+            if len(tokens) >= self.engine().context:
+                raise InputError(
+                    f"prompt: it has {len(tokens)} tokens, and the context holds {self.engine().context} with the "
+                    "reply; shorten it"
+                )
+            if not all(0 <= token < self.engine().architecture.vocab for token in tokens):
+                raise InputError(f"prompt: the vocabulary has the tokens 0 to {self.engine().architecture.vocab - 1}")
+            self._generate(ticket, tokens)
+            return Origin(miss="plain text is continued, not answered")
+
+        return self._look_up(work)
+
+    def _look_up(self, work: Callable[[], Origin]) -> "Future[Origin]":
+        if not self._places.acquire(blocking=False):
+            raise QueueFullError(retry_after=1)
+        try:
+            future = self._lookups.submit(work)
+        except RuntimeError as fault:  # the pool was shut down
+            self._places.release()
+            raise ClosingError("the server is shutting down") from fault
+        future.add_done_callback(lambda _: self._places.release())
+        return future
+
+    def _generate(self, ticket: Ticket, tokens: Sequence[int]) -> None:
+        assert self.scheduler is not None
+        self.scheduler.submit(ticket, tokens)
+
+    def _load(self) -> None:
+        try:
+            storyteller = Storyteller(self.settings)
+            self.storyteller = storyteller
+            storyteller.warm_up(self._move_on)
+            self.scheduler = Scheduler(
+                storyteller.engine,
+                running_max=self.settings.running_max,
+                waiting_max=self.settings.waiting_max,
+                threads=storyteller.threads,
+            )
+        except InputError as fault:
+            LOG.error("the model cannot be loaded: %s", fault)
+            self.failure = "the model cannot be loaded; the server's log says why"
+        except Exception:
+            LOG.exception("the model cannot be loaded")
+            self.failure = "the model cannot be loaded; the server's log says why"
+
+    def _move_on(self, done: float) -> None:
+        self.progress = done
+
+    def _not_ready(self) -> LoadingError:
+        if self.failure is not None:
+            return LoadingError(self.failure, failed=True)
+        return LoadingError(f"the model is still loading ({self.progress:.0%}); try again in a moment")
+
+
+def _give(ticket: Ticket, pieces: Iterable[Piece]) -> None:
+    for piece in pieces:
+        ticket.deliver(piece)
