@@ -65,17 +65,23 @@ class PerKeyError(Exception):
     """One key has too many requests at once."""
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The application; loading starts with it, and the routes answer meanwhile."""
-    service = Service(settings)
+def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
+    """The application; loading starts with it, and the routes answer meanwhile.
+
+    A service that is given was started by the caller, who closes it too.
+    """
+    given = service
+    service = given or Service(settings)
     metrics = Metrics(service)
     calls = Calls(service, metrics)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        service.start()
+        if given is None:
+            service.start()
         yield
-        await asyncio.to_thread(service.close)
+        if given is None:
+            await asyncio.to_thread(service.close)
 
     app = FastAPI(
         title="Emerald",

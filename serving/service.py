@@ -140,6 +140,7 @@ class Service:
     def _load(self) -> None:
         try:
             storyteller = Storyteller(self.settings)
+            LOG.info("serving %s from %s", storyteller.model_id, self.settings.build)  # fails now if there is no model
             self.storyteller = storyteller
             storyteller.warm_up(self._move_on)
             self.scheduler = Scheduler(

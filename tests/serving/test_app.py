@@ -1,5 +1,6 @@
 """The HTTP interface of a real server process on loopback."""
 
+import base64
 import contextlib
 import http.client
 import json
@@ -18,6 +19,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+ENERGY = ("cpu-seconds", "joules", "grams-co2e", "energy-source")
+
 
 def free_port() -> int:
     with socket.socket() as listener:
@@ -25,27 +28,43 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def port(embedded_build: Path) -> Iterator[int]:
+@contextlib.contextmanager
+def serving(build: Path, log: Path, **settings: str) -> Iterator[int]:
+    """A server of its own, whose output goes to a file; its port, perhaps before it listens."""
     number = free_port()
-    environment = {**os.environ, "PORT": str(number), "EMERALD_BUILD": str(embedded_build), "EMERALD_WAITING": "1"}
-    server = subprocess.Popen([sys.executable, "-m", "serving", "serve"], cwd=ROOT, env=environment)
+    environment = {**os.environ, "PORT": str(number), "EMERALD_BUILD": str(build), **settings}
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "serving", "serve"], cwd=ROOT, env=environment, stdout=output, stderr=output
+        )
     try:
-        wait_until_ready(number, server)
         yield number
     finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=20) in (0, -signal.SIGTERM)
+        server.kill()
+        server.wait(timeout=20)
 
 
-def wait_until_ready(port: int, server: "subprocess.Popen[bytes]") -> None:
+def wait_until_ready(port: int) -> None:
     for _ in range(600):
-        assert server.poll() is None, "the server ended"
-        with contextlib.suppress(OSError):  # not listening yet
+        with contextlib.suppress(OSError):
             if call(port, "GET", "/health/ready")[0] == 200:
                 return
         time.sleep(0.1)
     raise AssertionError("the server was not ready within a minute")
+
+
+@pytest.fixture(scope="module")
+def port(embedded_build: Path) -> Iterator[int]:
+    number = free_port()
+    limits = {"EMERALD_WAITING": "1", "EMERALD_RUNNING": "1", "EMERALD_BODY_BYTES": "200000"}
+    environment = {**os.environ, "PORT": str(number), "EMERALD_BUILD": str(embedded_build), **limits}
+    server = subprocess.Popen([sys.executable, "-m", "serving", "serve"], cwd=ROOT, env=environment)
+    try:
+        wait_until_ready(number)
+        yield number
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=20) in (0, -signal.SIGTERM)
 
 
 def call(
@@ -84,7 +103,7 @@ def test_an_answer_by_likeness_names_its_certificate_and_no_similarity(port: int
     assert headers["x-emerald-certificate"] == sealed["seal"]
     assert headers["x-emerald-false-hit-bound"] == f"{sealed['false_hits']['upper']:.4f}"
     assert {name for name in headers if name.startswith("x-emerald")} == {
-        f"x-emerald-{name}" for name in ("source", "entry", "tier", "certificate", "false-hit-bound")
+        f"x-emerald-{name}" for name in ("source", "entry", "tier", "certificate", "false-hit-bound", *ENERGY)
     }
     assert json.loads(call(port, "GET", "/health/ready")[2])["cache"] == f"certified {sealed['seal']}"
     assert "x-emerald-certificate" not in ask(port, "Who is the Wizard?")[1]
@@ -109,7 +128,10 @@ def test_a_stream_says_the_same_as_the_whole(port: int) -> None:
     chunks = [json.loads(event) for event in events[:-1]]
     spoken = "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
     assert spoken == whole["choices"][0]["message"]["content"]
-    assert chunks[-1]["usage"] == whole["usage"]
+    for count in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert chunks[-1]["usage"][count] == whole["usage"][count]
+    assert chunks[-1]["usage"]["energy"]["cpu_seconds"] > 0
+    assert chunks[-1]["timings"]["tokens_per_second"] > 0
 
 
 @pytest.mark.parametrize(
@@ -123,6 +145,11 @@ def test_a_stream_says_the_same_as_the_whole(port: int) -> None:
         ({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 100000}, "max_tokens"),
         ({"messages": [{"role": "assistant", "content": "hi"}]}, "user message"),
         ({"messages": [{"role": "user", "content": "wizard " * 9000}]}, "too long"),
+        ({"messages": [{"role": "user", "content": "half \ud800"}]}, "surrogate"),
+        ({"messages": [{"role": "user", "content": "hi"}], "top_logprobs": 2}, "logprobs"),
+        ({"messages": [{"role": "user", "content": "hi"}], "n": 2}, "n"),
+        ({"messages": [{"role": "user", "content": "hi"}], "emerald": {"choices": {"road": "sword"}}}, "sword"),
+        ({"messages": [{"role": "user", "content": "hi"}], "emerald": {"choices": {"sea": "ship"}}}, "sea"),
     ],
 )
 def test_bad_requests_get_an_error_in_openais_shape(port: int, body: object, names: str) -> None:
@@ -173,3 +200,168 @@ def test_a_client_that_leaves_frees_its_place(port: int) -> None:
 def test_the_model_is_listed(port: int) -> None:
     _, _, text = call(port, "GET", "/v1/models")
     assert json.loads(text)["data"][0]["id"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_follow_up_is_not_answered_from_the_cache(port: int) -> None:
+    earlier = [{"role": "user", "content": "I walk on."}, {"role": "assistant", "content": "You meet the Wizard."}]
+
+    def source(question: str) -> str:
+        body = {"messages": [*earlier, {"role": "user", "content": question}], "max_tokens": 2}
+        return call(port, "POST", "/v1/chat/completions", body)[1]["x-emerald-source"]
+
+    assert source("What are you capable of?") == "cache"
+    assert source("And who is he?") == "model"
+
+
+def test_choices_of_the_prologue_shape_the_prompt(port: int) -> None:
+    def asked(**fields: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = ask(port, "I step closer and open my bag.", **fields)[2]
+        return answer
+
+    plain = asked()
+    shaped = asked(emerald={"choices": {"road": "lantern", "wall": "bell"}})
+    assert shaped["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"]
+    scenes = json.loads(call(port, "GET", "/prologue")[2])["prologue"]["scenes"]
+    assert [scene["id"] for scene in scenes][:2] == ["road", "companion"]
+    assert all("shapes" not in option for scene in scenes for option in scene.get("choices", ()))
+
+
+def test_a_field_bypasses_the_cache(port: int) -> None:
+    _, headers, _ = ask(port, "What are you capable of?", emerald={"cache": False})
+    assert (headers["x-emerald-source"], headers["x-emerald-miss"]) == ("model", "the cache was bypassed")
+
+
+def test_tokens_there_and_back(port: int) -> None:
+    status, _, text = call(port, "POST", "/tokenize", {"prompt": "The green city <|im_end|>"})
+    assert status == 200
+    tokens = json.loads(text)["tokens"]
+    _, _, text = call(port, "POST", "/detokenize", {"tokens": tokens})
+    assert json.loads(text)["prompt"].replace("\N{WORD JOINER}", "") == "The green city <|im_end|>"
+    assert call(port, "POST", "/detokenize", {"tokens": [10**9]})[0] == 400
+    assert call(port, "POST", "/tokenize", {})[0] == 400
+
+
+def test_metrics_carry_known_names_and_count(port: int) -> None:
+    def figure(name: str) -> float:
+        lines = call(port, "GET", "/metrics")[2].splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+    before = figure("vllm:generation_tokens_total"), figure('emerald_cache_lookups_total{result="exact"}')
+    ask(port, "I look up.")
+    ask(port, "Who is the Wizard?")
+    after = figure("vllm:generation_tokens_total"), figure('emerald_cache_lookups_total{result="exact"}')
+    assert after[0] > before[0]
+    assert after[1] == before[1] + 1
+    assert figure("vllm:num_requests_running") == 0
+    assert figure("emerald_load_progress") == 1
+    assert 0 < figure("emerald_certificate_false_hit_bound") <= 0.02
+
+
+def test_the_page_and_its_policy(port: int) -> None:
+    for path in ("/", "/docs", "/openapi.json"):
+        status, headers, _ = call(port, "GET", path)
+        assert status == 200
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+    assert "access-control-allow-origin" not in call(port, "GET", "/", headers={"Origin": "https://example.org"})[1]
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status"),
+    [
+        ({"Content-Type": "text/plain"}, "{}", 415),
+        ({}, json.dumps({"messages": [{"role": "user", "content": "x" * 300_000}]}), 413),
+    ],
+)
+def test_what_the_door_refuses(port: int, headers: dict[str, str], body: str, status: int) -> None:
+    found, _, text = call(port, "POST", "/v1/chat/completions", body, headers)
+    assert found == status
+    assert json.loads(text)["error"]["type"] == "invalid_request_error"
+
+
+def test_log_holds_no_prompt(embedded_build: Path, tmp_path: Path) -> None:
+    secret = "my grandmother's maiden name"
+    with serving(embedded_build, tmp_path / "log") as port:
+        wait_until_ready(port)
+        ask(port, f"I whisper {secret}")
+    logged = (tmp_path / "log").read_text()
+    assert "characters, SHA-256" in logged
+    assert secret not in logged
+
+
+def test_keys_guard_every_route_but_health(embedded_build: Path, tmp_path: Path) -> None:
+    made = subprocess.run(
+        [sys.executable, "-m", "serving", "key"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    key, digest = made.stdout.strip(), made.stderr.strip().partition("=")[2]
+    origin = "https://example.org"
+    with serving(
+        embedded_build,
+        tmp_path / "log",
+        EMERALD_API_KEYS=digest,
+        EMERALD_CORS_ORIGINS=origin,
+        EMERALD_SYSTEM_PROMPT="true",
+    ) as port:
+        wait_until_ready(port)
+        for path in ("/", "/metrics", "/docs", "/openapi.json", "/v1/models", "/prologue", "/web/docs.js", "/nowhere"):
+            status, headers, text = call(port, "GET", path)
+            assert (status, json.loads(text)["error"]["type"]) == (401, "authentication_error"), path
+            assert headers["www-authenticate"].startswith("Basic")
+            assert call(port, "GET", path, headers={"Authorization": f"Bearer {key}x"})[0] == 401
+        basic = base64.b64encode(f"anyone:{key}".encode()).decode()
+        for authorization in (f"Bearer {key}", f"Basic {basic}"):
+            assert call(port, "GET", "/v1/models", headers={"Authorization": authorization})[0] == 200
+        assert call(port, "GET", "/v1/models", headers={"Authorization": "Basic ***"})[0] == 401
+        assert call(port, "GET", "/v1/models", headers={"Authorization": f"Bearer {digest}"})[0] == 401
+        _, allowed, _ = call(port, "GET", "/health/live", headers={"Origin": origin})
+        assert allowed["access-control-allow-origin"] == origin
+        assert (
+            "access-control-allow-origin"
+            not in call(port, "GET", "/health/live", headers={"Origin": "https://example.com"})[1]
+        )
+        system = [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "What are you?"}]
+        body = {"messages": system, "max_tokens": 3}
+        status, headers, _ = call(port, "POST", "/v1/chat/completions", body, {"Authorization": f"Bearer {key}"})
+        assert (status, headers["x-emerald-source"]) == (200, "model")
+
+
+def test_ready_answers_come_while_the_model_loads(embedded_build: Path, tmp_path: Path) -> None:
+    """Loading is held up by an engine that is a pipe: its manifest opens, and its bytes do not come."""
+    for name in ("embedder", "cache", "certificate.json"):
+        (tmp_path / name).symlink_to(embedded_build / name)
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    for file in (embedded_build / "engine").iterdir():
+        (engine / file.name).symlink_to(file)
+    held = engine / "head.pt2"
+    held.unlink()
+    os.mkfifo(held)
+    with serving(tmp_path, tmp_path / "log") as port:
+        for _ in range(200):
+            with contextlib.suppress(OSError):
+                if call(port, "GET", "/prologue")[0] == 200:
+                    break
+            time.sleep(0.1)
+        status, _, text = call(port, "GET", "/health/ready")
+        assert (status, json.loads(text)["status"]) == (503, "loading")
+        assert ask(port, "What are you capable of?")[1]["x-emerald-source"] == "cache"
+        status, headers, answer = ask(port, "I look up.")
+        assert (status, headers["retry-after"], answer["error"]["type"]) == (503, "1", "overloaded_error")
+        assert call(port, "POST", "/tokenize", {"prompt": "hi"})[0] == 503
+
+
+def test_a_damaged_model_is_said_without_a_path(embedded_build: Path, tmp_path: Path) -> None:
+    for name in ("embedder", "cache", "certificate.json"):
+        (tmp_path / name).symlink_to(embedded_build / name)
+    (tmp_path / "engine").mkdir()
+    with serving(tmp_path, tmp_path / "log") as port:
+        for _ in range(200):
+            with contextlib.suppress(OSError):
+                answer = json.loads(call(port, "GET", "/health/ready")[2])
+                if answer["status"] != "loading":
+                    break
+            time.sleep(0.1)
+        assert answer["status"] == "the model cannot be loaded; the server's log says why"
+        assert ask(port, "I look up.")[0] == 503
+    assert "manifest.json" in (tmp_path / "log").read_text()
+    assert str(tmp_path) not in answer["status"]
