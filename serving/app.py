@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -54,6 +54,7 @@ SEND_SECONDS = 30.0
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": kind.replace("_", " ")} for status, kind in ERROR_TYPES.items()
 }
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 T = TypeVar("T")
 
 
@@ -108,10 +109,10 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
         cache = "exact matches only" if proof is None else f"certified {proof.identity}"
         return JSONResponse({"status": "ready", "progress": progress, "cache": cache})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def figures() -> Response:
         """Prometheus's text format."""
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -124,7 +125,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
         calls.check_model(name)
         return _model(service)
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=STREAMED)
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
         """A chat completion, whole or streamed; `Cache-Control: no-cache` asks the model in any case."""
         turns = request.conversation(settings)
@@ -137,7 +138,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
 
         return await calls.complete(http, request, Completion, begin)
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=STREAMED)
     async def completions(request: TextRequest, http: Request) -> Response:
         """Goes on with plain text, without persona or cache."""
         calls.log_prompt(http, str(request.prompt))
@@ -181,6 +182,9 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     app.mount("/web", StaticFiles(directory=WEB))
     app.mount("/swagger", StaticFiles(directory=swagger_ui_path))
     _add_handlers(app, metrics)
+    for route in app.openapi()["paths"].values():  # kept by the application
+        for operation in route.values():
+            operation["responses"].pop("422", None)  # FastAPI's own, which never leaves this server
     app.add_middleware(Door, settings=settings)
     if settings.origins:
         app.add_middleware(

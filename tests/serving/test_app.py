@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,66 +17,18 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
+from tests.serving.server import call, serving, wait_until_ready
 
 ENERGY = ("cpu-seconds", "joules", "grams-co2e", "energy-source")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@contextlib.contextmanager
-def serving(build: Path, log: Path, **settings: str) -> Iterator[int]:
-    """A server of its own, whose output goes to a file; its port, perhaps before it listens."""
-    number = free_port()
-    environment = {**os.environ, "PORT": str(number), "EMERALD_BUILD": str(build), **settings}
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "serving", "serve"], cwd=ROOT, env=environment, stdout=output, stderr=output
-        )
-    try:
-        yield number
-    finally:
-        server.kill()
-        server.wait(timeout=20)
-
-
-def wait_until_ready(port: int) -> None:
-    for _ in range(600):
-        with contextlib.suppress(OSError):
-            if call(port, "GET", "/health/ready")[0] == 200:
-                return
-        time.sleep(0.1)
-    raise AssertionError("the server was not ready within a minute")
-
-
 @pytest.fixture(scope="module")
 def port(embedded_build: Path) -> Iterator[int]:
-    number = free_port()
     limits = {"EMERALD_WAITING": "1", "EMERALD_RUNNING": "1", "EMERALD_BODY_BYTES": "200000"}
-    environment = {**os.environ, "PORT": str(number), "EMERALD_BUILD": str(embedded_build), **limits}
-    server = subprocess.Popen([sys.executable, "-m", "serving", "serve"], cwd=ROOT, env=environment)
-    try:
-        wait_until_ready(number)
-        yield number
-    finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=20) in (0, -signal.SIGTERM)
-
-
-def call(
-    port: int, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
-) -> tuple[int, dict[str, str], str]:
-    """Status, headers in lower case, and text of one request."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    content = body if isinstance(body, (str, bytes)) else None if body is None else json.dumps(body)
-    connection.request(method, path, content, {"Content-Type": "application/json", **(headers or {})})
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
-    return answer.status, {name.lower(): value for name, value in answer.getheaders()}, text
+    with serving(embedded_build, **limits) as server:
+        wait_until_ready(server.port)
+        yield server.port
+        assert server.stop() in (0, -signal.SIGTERM)
 
 
 def ask(
@@ -279,17 +230,17 @@ def test_what_the_door_refuses(port: int, headers: dict[str, str], body: str, st
     assert json.loads(text)["error"]["type"] == "invalid_request_error"
 
 
-def test_log_holds_no_prompt(embedded_build: Path, tmp_path: Path) -> None:
+def test_log_holds_no_prompt(embedded_build: Path) -> None:
     secret = "my grandmother's maiden name"
-    with serving(embedded_build, tmp_path / "log") as port:
-        wait_until_ready(port)
-        ask(port, f"I whisper {secret}")
-    logged = (tmp_path / "log").read_text()
+    with serving(embedded_build) as server:
+        wait_until_ready(server.port)
+        ask(server.port, f"I whisper {secret}")
+        logged = server.log()
     assert "characters, SHA-256" in logged
     assert secret not in logged
 
 
-def test_keys_guard_every_route_but_health(embedded_build: Path, tmp_path: Path) -> None:
+def test_keys_guard_every_route_but_health(embedded_build: Path) -> None:
     made = subprocess.run(
         [sys.executable, "-m", "serving", "key"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -297,11 +248,11 @@ def test_keys_guard_every_route_but_health(embedded_build: Path, tmp_path: Path)
     origin = "https://example.org"
     with serving(
         embedded_build,
-        tmp_path / "log",
         EMERALD_API_KEYS=digest,
         EMERALD_CORS_ORIGINS=origin,
         EMERALD_SYSTEM_PROMPT="true",
-    ) as port:
+    ) as server:
+        port = server.port
         wait_until_ready(port)
         for path in ("/", "/metrics", "/docs", "/openapi.json", "/v1/models", "/prologue", "/web/docs.js", "/nowhere"):
             status, headers, text = call(port, "GET", path)
@@ -336,7 +287,8 @@ def test_ready_answers_come_while_the_model_loads(embedded_build: Path, tmp_path
     held = engine / "head.pt2"
     held.unlink()
     os.mkfifo(held)
-    with serving(tmp_path, tmp_path / "log") as port:
+    with serving(tmp_path) as server:
+        port = server.port
         for _ in range(200):
             with contextlib.suppress(OSError):
                 if call(port, "GET", "/prologue")[0] == 200:
@@ -354,7 +306,8 @@ def test_a_damaged_model_is_said_without_a_path(embedded_build: Path, tmp_path: 
     for name in ("embedder", "cache", "certificate.json"):
         (tmp_path / name).symlink_to(embedded_build / name)
     (tmp_path / "engine").mkdir()
-    with serving(tmp_path, tmp_path / "log") as port:
+    with serving(tmp_path) as server:
+        port = server.port
         for _ in range(200):
             with contextlib.suppress(OSError):
                 answer = json.loads(call(port, "GET", "/health/ready")[2])
@@ -363,5 +316,5 @@ def test_a_damaged_model_is_said_without_a_path(embedded_build: Path, tmp_path: 
             time.sleep(0.1)
         assert answer["status"] == "the model cannot be loaded; the server's log says why"
         assert ask(port, "I look up.")[0] == 503
-    assert "manifest.json" in (tmp_path / "log").read_text()
+        assert "manifest.json" in server.log()
     assert str(tmp_path) not in answer["status"]
