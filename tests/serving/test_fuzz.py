@@ -215,9 +215,9 @@ def test_the_description_holds(server: Server, mode: schemathesis.GenerationMode
     for found in schema.get_all_operations():
         assert isinstance(found, Ok)
         operation = found.ok()
-        if mode.is_negative and not (operation.body or operation.path_parameters):
-            continue  # there is nothing to get wrong
+        if mode.is_negative and not operation.body:
+            continue  # there is nothing to get wrong: any path is a string
         bounded = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
         bounded(given(operation.as_strategy(mode))(attack))()
-    assert statuses.total() > 5 * EXAMPLES
+    assert statuses.total() > 3 * EXAMPLES
     assert statuses[200 if mode.is_positive else 400] > EXAMPLES, statuses
