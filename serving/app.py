@@ -179,7 +179,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     async def docs() -> FileResponse:
         return FileResponse(WEB / "docs.html")
 
-    app.mount("/web", StaticFiles(directory=WEB))
+    app.mount("/web", PageFiles(directory=WEB))
     app.mount("/swagger", StaticFiles(directory=swagger_ui_path))
     _add_handlers(app, metrics)
     for route in app.openapi()["paths"].values():  # kept by the application
@@ -337,6 +337,15 @@ class EventStream(StreamingResponse):
             LOG.warning("a client did not read its reply within %g seconds", self._seconds)
         finally:
             self._end()
+
+
+class PageFiles(StaticFiles):
+    """The page's files, which browsers keep but ask about: after an update, old and new ones would not fit together."""
+
+    def file_response(self, *args: Any, **named: Any) -> Response:
+        response = super().file_response(*args, **named)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 async def _until_gone(http: Request, work: Awaitable[T]) -> T:
