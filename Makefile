@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench bench-quality bench-cache bench-8b bench-torchchat test-8b bench-tasks test-tasks lock clean
+.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench bench-quality bench-cache bench-8b bench-torchchat test-8b bench-tasks test-tasks test-browser screenshots lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -23,7 +23,7 @@ serve: setup ## serve the OpenAI-compatible HTTP interface on HOST and PORT
 	@EMERALD_BUILD=$${EMERALD_BUILD:-build/$(CONFIG)} $(RUN) -m serving serve
 
 test: setup ## run the tests (about a quarter of an hour on 2 cores)
-	@$(RUN) -m pytest tests --ignore=tests/resilience --ignore=tests/tasks $(ARGS)
+	@$(RUN) -m pytest tests --ignore=tests/resilience --ignore=tests/tasks --ignore=tests/browser $(ARGS)
 
 ARM_KERNEL_TESTS := tests/model/test_int4_linear.py tests/model/test_cpu.py
 ARM_TESTS ?= $(ARM_KERNEL_TESTS) tests/model/test_kernels.py tests/arm64
@@ -77,6 +77,14 @@ test-tasks: setup ## the comparison through lm-evaluation-harness, on a task of 
 	@$(LM_EVAL)
 	@$(RUN) -m pipeline run quantize
 	@$(RUN) -m pytest tests/tasks $(ARGS)
+
+test-browser: setup ## the page, driven in Chromium against a real server (installs Playwright, and Chromium if root)
+	@tests/browser/setup.sh
+	@$(RUN) -m pytest tests/browser $(ARGS)
+
+screenshots: setup ## draw docs/screenshots anew
+	@tests/browser/setup.sh
+	@$(RUN) -m tests.browser.screenshots
 
 bench-torchchat: setup ## the real torchchat beside us; TORCHCHAT_DIR=path of a checkout
 	@$(RUN) -m pipeline run export --config $(CONFIG)

@@ -70,6 +70,12 @@ def wait_until_ready(port: int) -> None:
     raise AssertionError("the server was not ready within a minute")
 
 
+def figure(port: int, name: str) -> float:
+    """Sum of the values of /metrics whose line begins so; 0 if nothing was counted."""
+    lines = call(port, "GET", "/metrics")[2].splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+
 def call(
     port: int, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, str], str]:

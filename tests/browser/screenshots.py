@@ -1,0 +1,104 @@
+"""Draws docs/screenshots anew: python -m tests.browser.screenshots (which is what `make screenshots` runs).
+
+A real server, the real model: a prologue while it loads, an answer of its own, a ready answer, a phone, the dark.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from playwright.sync_api import Browser, Route, sync_playwright
+
+from tests.browser.slowed import slowed
+from tests.browser.visit import PHONE, Visit, launched, visiting
+from tests.conftest import ROOT
+from tests.serving.server import serving, wait_until_ready
+
+FOLDER = ROOT / "docs/screenshots"
+BUILD = ROOT / "build/embedded"
+DESKTOP = {"viewport": {"width": 1120, "height": 700}}
+CHOICES = ["A brass lantern", "A talkative field mouse", "Everything there is to see", "The hot cakes"]
+WALK, ASK = "I follow the smell of hot cakes down a side street.", "Could you tell me who the Wizard is, please?"
+REPEATABLE = {"seed": 3, "temperature": 0.4}
+
+
+def main() -> int:
+    """Writes every picture; 0 when all are there."""
+    if not (BUILD / "engine").is_dir():
+        print(f'no {BUILD.relative_to(ROOT)}/engine: run "make pipeline"', file=sys.stderr)
+        return 2
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = launched(playwright)
+        prologue(browser)
+        with serving(BUILD) as server:
+            wait_until_ready(server.port)
+            answers(browser, server.url)
+            phone(browser, server.url)
+        browser.close()
+    return 0
+
+
+def prologue(browser: Browser) -> None:
+    """While the model loads."""
+    with slowed(BUILD) as loading, visiting(browser, loading.url, **DESKTOP, reduced_motion="reduce") as visit:
+        visit.page.evaluate(f"setTimeout(() => {{ location = '{loading.url}' }})")
+        bar = visit.page.get_by_role("progressbar")
+        loading.until(
+            visit.page,
+            lambda: (
+                visit.button(CHOICES[0]).is_visible() and bar.is_visible() and bar.evaluate("(bar) => bar.value") > 0.2
+            ),
+        )
+        visit.button(CHOICES[0]).click()
+        picture(visit, "prologue")
+        loading.run()
+
+
+def answers(browser: Browser, url: str) -> None:
+    """The model's and a ready one, light and dark."""
+    with visiting(browser, url, **DESKTOP, reduced_motion="reduce") as visit:
+        tell(visit, url)
+        visit.figures(visit.hear(WALK))
+        picture(visit, "answer")
+        visit.button("Dark").click()
+        picture(visit, "dark")
+        visit.button("Dark").click()
+        visit.figures(visit.hear(ASK))
+        picture(visit, "ready-answer")
+
+
+def phone(browser: Browser, url: str) -> None:
+    """A small screen."""
+    with visiting(browser, url, **PHONE, reduced_motion="reduce") as visit:
+        tell(visit, url)
+        visit.hear(ASK)
+        picture(visit, "phone")
+
+
+def tell(visit: Visit, url: str) -> None:
+    """Opens the page and walks the prologue; from then on the model's answers are repeatable."""
+
+    def repeatable(route: Route) -> None:
+        body = {**json.loads(route.request.post_data or ""), **REPEATABLE}
+        route.continue_(post_data=json.dumps(body))
+
+    visit.page.route("**/v1/chat/completions", repeatable)
+    visit.page.goto(url)
+    for label in CHOICES:
+        visit.button(label).click()
+    visit.button("Begin the story").click()
+
+
+def picture(visit: Visit, name: str) -> None:
+    """The page as it is."""
+    visit.page.locator("#message").focus()
+    visit.page.locator("#scroll").evaluate("(story) => { story.scrollTop = story.scrollHeight }")
+    visit.page.evaluate("document.fonts.ready")
+    path = Path(FOLDER / f"{name}.png")
+    visit.page.screenshot(path=path)
+    print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
