@@ -147,7 +147,7 @@ part("sound").onclick = () => {
   part("sound").ariaPressed = String(sound.on);
 };
 addEventListener("storage", list); // another page of ours kept or deleted a story
-addEventListener("pagehide", () => story.turns.at(-1)?.growing && keep(story));
+addEventListener("pagehide", () => story.turns.at(-1)?.growing && keep(story)); // as far as it was told
 
 // The bar is the server's own progress; it is not shown at all if the model is ready.
 async function load() {

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
+from tests.browser.slowed import SHORT_REPLIES
 from tests.browser.visit import Visit, launched, visiting
 from tests.serving.server import Server, serving, wait_until_ready
 
@@ -24,7 +25,7 @@ def chromium() -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def server(embedded_build: Path) -> Iterator[Server]:
     """Loaded and ready."""
-    with serving(embedded_build) as server:
+    with serving(embedded_build, **SHORT_REPLIES) as server:
         wait_until_ready(server.port)
         yield server
 

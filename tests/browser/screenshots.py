@@ -42,7 +42,7 @@ def main() -> int:
 def prologue(browser: Browser) -> None:
     """While the model loads."""
     with slowed(BUILD) as loading, visiting(browser, loading.url, **DESKTOP, reduced_motion="reduce") as visit:
-        visit.page.evaluate(f"setTimeout(() => {{ location = '{loading.url}' }})")
+        visit.page.goto(loading.url)
         bar = visit.page.get_by_role("progressbar")
         loading.until(
             visit.page,
@@ -52,7 +52,6 @@ def prologue(browser: Browser) -> None:
         )
         visit.button(CHOICES[0]).click()
         picture(visit, "prologue")
-        loading.run()
 
 
 def answers(browser: Browser, url: str) -> None:

@@ -4,56 +4,82 @@ Everything that it says of itself is true: loading only takes longer, as a large
 while it stands still.
 """
 
-import contextlib
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from playwright.sync_api import Page
 
 from tests.serving.server import Server, serving
 
-MOMENT_MS = 20
-MOMENTS_MAX = 3000
+SHORT_REPLIES = {"EMERALD_REPLY_TOKENS": "96"}
+"""So that tests are short."""
+MOMENT_SECONDS, PAUSE_SECONDS = 0.02, 0.08
+WAIT_SECONDS = 60
 
 
 class Slowed:
-    """A server that stands still unless it is let go on."""
+    """A server that goes on by moments, from a thread: the browser's driver waits for it and cannot move it itself."""
 
     def __init__(self, server: Server) -> None:
         self.url = server.url
         self._server = server
+        self._clock = threading.Lock()
+        """Held while the server runs, and by whoever wants it to stand still."""
+        self._still = False
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._tick)
+        self._thread.start()
 
     def until(self, page: Page, reached: Callable[[], bool]) -> None:
-        """Lets it run for moments, between which it stands still, until the page shows what is waited for."""
-        for _ in range(MOMENTS_MAX):
+        """Lets it go on by moments until this is so, and leaves it standing still."""
+        self._go_on()
+        end = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < end:
             if reached():
-                return
-            self.run()
-            page.wait_for_timeout(MOMENT_MS)
-            self.stand_still()
+                self._clock.acquire()
+                if reached():  # as before, now that nothing moves
+                    self._still = True
+                    return
+                self._clock.release()
+            page.wait_for_timeout(10)
         raise AssertionError(f"not reached; the server said: {self._server.log()}")
-
-    def stand_still(self) -> None:
-        """Stops the process; its connections stay open."""
-        self._server.process.send_signal(signal.SIGSTOP)
 
     def run(self) -> None:
         """Lets it go on at full speed."""
+        self._released.set()
+        self._go_on()
+        self._thread.join()
         self._server.process.send_signal(signal.SIGCONT)
+
+    def _go_on(self) -> None:
+        if self._still:
+            self._still = False
+            self._clock.release()
+
+    def _tick(self) -> None:
+        while not self._released.is_set():
+            with self._clock:
+                self._server.process.send_signal(signal.SIGCONT)
+                time.sleep(MOMENT_SECONDS)
+                self._server.process.send_signal(signal.SIGSTOP)
+            time.sleep(PAUSE_SECONDS)
 
 
 @contextmanager
 def slowed(build: Path) -> Iterator[Slowed]:
-    """A server that has just begun to listen, and stands still."""
-    with serving(build) as server:
+    """A server that has just begun to listen, and goes on by moments."""
+    with serving(build, **SHORT_REPLIES) as server:
         for _ in range(60_000):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", server.port), timeout=1):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", server.port), timeout=1):
                 break
             time.sleep(0.001)
-        clock = Slowed(server)
-        clock.stand_still()
-        yield clock
+        loading = Slowed(server)
+        try:
+            yield loading
+        finally:
+            loading.run()

@@ -24,6 +24,22 @@ LENGTHS = """() => {
   }).observe(document.getElementById("turns"), { childList: true, subtree: true });
 }"""
 
+LISTEN = """() => {
+  const connect = AudioNode.prototype.connect;
+  AudioNode.prototype.connect = function (to, ...rest) {
+    if (to instanceof AudioDestinationNode) {
+      const ear = new AnalyserNode(this.context);
+      connect.call(this, ear);
+      window.loudness = () => {
+        const samples = new Float32Array(ear.fftSize);
+        ear.getFloatTimeDomainData(samples);
+        return Math.max(...samples.map(Math.abs));
+      };
+    }
+    return connect.call(this, to, ...rest);
+  };
+}"""
+
 
 @pytest.fixture
 def visitor(visit: Opened) -> Visit:
@@ -61,8 +77,8 @@ def test_stop_keeps_what_was_told_and_frees_the_server(visitor: Visit, server: S
     expect(answer).to_contain_text("stopped")
     told = answer.locator(".words").inner_text()
     assert told
-    wait_for(visitor, lambda: figure(server.port, 'vllm:request_success_total{finished_reason="abort"}') == aborted + 1)
-    wait_for(visitor, lambda: figure(server.port, "vllm:num_requests_running") == 0)
+    visitor.until(lambda: figure(server.port, 'vllm:request_success_total{finished_reason="abort"}') == aborted + 1)
+    visitor.until(lambda: figure(server.port, "vllm:num_requests_running") == 0)
     assert visitor.told()[-1] == told
     expect(visitor.button("Send")).to_be_visible()
     expect(visitor.hear("I rest.")).to_contain_text("Told by the model")
@@ -185,10 +201,12 @@ def test_an_answer_under_way_at_a_reload_is_kept_as_far_as_it_came(visitor: Visi
     visitor.say(WALK)
     expect(visitor.page.locator(".turn.assistant[aria-busy] .words")).to_have_text(SOME_WORDS)
     visitor.page.reload()
-    expect(visitor.answers.last).to_contain_text("stopped")
+    expect(visitor.answers.last).to_contain_text(re.compile("stopped|breaks off"))  # browsers hang up sooner or later
     assert visitor.told()[0] == WALK
     assert visitor.told()[1]
-    expect(visitor.button("Send")).to_be_visible()
+    visitor.page.get_by_role("button", name=re.compile("Try again|Regenerate")).click()
+    expect(visitor.end()).not_to_contain_text("breaks off")
+    assert len(visitor.told()) == 2
 
 
 def test_a_story_deleted_while_it_is_told_does_not_come_back(visitor: Visit, server: Server) -> None:
@@ -197,24 +215,23 @@ def test_a_story_deleted_while_it_is_told_does_not_come_back(visitor: Visit, ser
     visitor.page.once("dialog", lambda dialog: dialog.accept())
     visitor.button(f"Delete {WALK[:48]}").click()
     expect(visitor.page.locator(".scene").first).to_be_visible()
-    wait_for(visitor, lambda: figure(server.port, "vllm:num_requests_running") == 0)
+    visitor.until(lambda: figure(server.port, "vllm:num_requests_running") == 0)
     assert visitor.stories() == []
 
 
 def test_sound_is_made_here(visitor: Visit) -> None:
+    visitor.page.evaluate(LISTEN)
+
+    def loudness() -> float:
+        return float(visitor.page.evaluate("window.loudness()"))
+
     requests: list[str] = []
     visitor.page.on("request", lambda request: requests.append(request.url))
     visitor.button("Sound").click()
     expect(visitor.button("Sound")).to_have_attribute("aria-pressed", "true")
+    visitor.until(lambda: loudness() > 0.01)
+    loud = loudness()
     visitor.button("Sound").click()
     expect(visitor.button("Sound")).to_have_attribute("aria-pressed", "false")
-    assert requests == []
-
-
-def wait_for(visitor: Visit, reached: Callable[[], bool]) -> None:
-    """Up to 20 seconds."""
-    for _ in range(200):
-        if reached():
-            return
-        visitor.page.wait_for_timeout(100)
-    raise AssertionError("not reached within 20 seconds")
+    visitor.until(lambda: loudness() < loud / 4)
+    assert [url for url in requests if not url.endswith("icon.svg")] == []

@@ -1,17 +1,20 @@
 """When the server refuses, breaks off or is gone: the page says so, loses nothing, and asks again."""
 
+import http.client
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from playwright.sync_api import Browser, Response, expect
 
+from tests.browser.slowed import SHORT_REPLIES
 from tests.browser.visit import Visit, visiting
-from tests.serving.server import call, figure, serving, wait_until_ready
+from tests.serving.server import figure, serving, wait_until_ready
 
 Opened = Callable[..., Visit]
 WALK = "I walk through the market and look at every stall."
-ONE_AT_A_TIME = {"EMERALD_RUNNING": "1", "EMERALD_WAITING": "0"}
+ONE_AT_A_TIME = {"EMERALD_RUNNING": "1", "EMERALD_WAITING": "0", "EMERALD_REPLY_TOKENS": "256"}
 
 
 def test_a_full_server_is_asked_again_until_it_answers(chromium: Browser, embedded_build: Path) -> None:
@@ -45,7 +48,7 @@ def test_a_server_that_dies_leaves_what_was_told_and_can_be_asked_again(
     chromium: Browser, embedded_build: Path
 ) -> None:
     with visiting(chromium, "http://127.0.0.1") as visit:
-        with serving(embedded_build) as server:
+        with serving(embedded_build, **SHORT_REPLIES) as server:
             wait_until_ready(server.port)
             visit.page.goto(server.url)
             visit.begin()
@@ -65,7 +68,7 @@ def test_a_server_that_dies_leaves_what_was_told_and_can_be_asked_again(
         expect(visit.answers.last).to_contain_text("No answer: the server cannot be reached.")
         assert visit.accessibility_faults() == []
 
-        with serving(embedded_build, PORT=str(server.port)):
+        with serving(embedded_build, PORT=str(server.port), **SHORT_REPLIES):
             wait_until_ready(server.port)
             visit.button("Try again").click()
             expect(visit.end()).to_contain_text("Told by the model")
@@ -83,7 +86,7 @@ def test_a_refusal_that_waiting_does_not_mend_is_said(visit: Opened) -> None:
 def test_a_browser_that_keeps_nothing_says_so_and_goes_on(visit: Opened) -> None:
     visitor = visit()
     visitor.page.evaluate(
-        "Storage.prototype.setItem = () => { throw new DOMException('quota', 'QuotaExceededError'); }"
+        "() => { Storage.prototype.setItem = () => { throw new DOMException('quota', 'QuotaExceededError'); } }"
     )
     visitor.begin()
     expect(visitor.page.get_by_role("status")).to_contain_text("This browser keeps no more stories")
@@ -92,7 +95,12 @@ def test_a_browser_that_keeps_nothing_says_so_and_goes_on(visit: Opened) -> None
 
 
 def occupy(port: int, until: threading.Event) -> None:
-    """One long reply after the other."""
-    body = {"messages": [{"role": "user", "content": WALK}], "emerald": {"cache": False}, "max_tokens": 500, "stop": []}
+    """One long reply after the other; hangs up in the middle of the last."""
+    body = {"messages": [{"role": "user", "content": WALK}], "emerald": {"cache": False}, "stream": True}
     while not until.is_set():
-        call(port, "POST", "/v1/chat/completions", {**body, "temperature": 1.5})
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        while answer.readline() and not until.is_set():
+            pass
+        connection.close()

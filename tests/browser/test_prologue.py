@@ -27,7 +27,7 @@ def test_it_is_told_while_the_model_loads_and_flows_on(chromium: Browser, embedd
         polled: list[Response] = []
         page.on("response", lambda response: polled.append(response))
         bar, first = page.get_by_role("progressbar"), page.locator(".scene").first
-        page.evaluate(f"setTimeout(() => {{ location = '{loading.url}' }})")
+        page.goto(loading.url)
         loading.until(page, lambda: first.is_visible() and bar.is_visible() and 0 < shown(visit) < 1)
         halfway = shown(visit)
 
@@ -56,7 +56,7 @@ def test_it_is_told_while_the_model_loads_and_flows_on(chromium: Browser, embedd
 def test_a_ready_answer_comes_and_others_wait_while_the_model_loads(chromium: Browser, embedded_build: Path) -> None:
     with slowed(embedded_build) as loading, visiting(chromium, loading.url) as visit:
         page, status = visit.page, visit.page.get_by_role("status")
-        page.evaluate(f"setTimeout(() => {{ location = '{loading.url}' }})")
+        page.goto(loading.url)
         loading.until(page, lambda: page.locator(".scene").first.is_visible())
         visit.begin()
         visit.say("I look about me.")
@@ -105,7 +105,7 @@ def test_letters_come_one_by_one(visit: Opened) -> None:
     scene = visitor.page.locator(".scene")
     unwritten = scene.locator(".unwritten")
     before = len(unwritten.inner_text())
-    visitor.page.wait_for_function(f"document.querySelector('.unwritten').textContent.length < {before - 5}")
+    visitor.until(lambda: 0 < len(unwritten.inner_text()) < before - 5)
     assert scene.inner_text().strip() == SCENES[0]["text"].strip(), "a screen reader has all of it from the beginning"
     expect(visitor.button("A brass lantern")).to_have_count(0)
     scene.click()

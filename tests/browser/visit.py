@@ -6,7 +6,7 @@ Elements are found as a visitor finds them, by role and name, so that a test fai
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,8 @@ QUIET_FLAGS = [
 ]
 """Chromium must talk to the server under test and to nothing else."""
 PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
+FADED_IN = """() => Promise.allSettled(document.getAnimations()
+  .filter((one) => one.effect.getComputedTiming().endTime < Infinity).map((one) => one.finished))"""
 RECORD_POLICY = """
 document.addEventListener("securitypolicyviolation", (event) =>
   console.error(`policy violated: ${event.violatedDirective} ${event.blockedURI}`));
@@ -94,8 +96,17 @@ class Visit:
         terms, values = answer.locator("dt").all_inner_texts(), answer.locator("dd").all_inner_texts()
         return dict(zip(terms, values, strict=True))
 
+    def until(self, reached: Callable[[], bool]) -> None:
+        """Waits up to 20 seconds, in Python: the page's policy lets no text be run as a script."""
+        for _ in range(400):
+            if reached():
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError("not reached within 20 seconds")
+
     def accessibility_faults(self) -> list[str]:
-        """What axe calls serious or critical, each with its place."""
+        """What axe calls serious or critical, each with its place, once everything has faded in."""
+        self.page.evaluate(FADED_IN)
         self.page.evaluate(AXE.read_text(encoding="utf-8"))
         found = self.page.evaluate("axe.run({resultTypes: ['violations']})")
         return [
