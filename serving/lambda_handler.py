@@ -34,16 +34,12 @@ from serving.errors import error_body
 from serving.keys import key_bytes, key_name, presented_key
 from serving.prologue import model_id, read_prologue
 from serving.settings import Settings
-from serving.websocket import NAME_CHARACTERS, Frames, GoneError, Poster, UnsentError, named
+from serving.websocket import GATEWAY_SECONDS, NAME_CHARACTERS, Frames, GoneError, Poster, UnsentError, allowance, named
 
 if TYPE_CHECKING:
     from serving.service import Service
 
 LOG = logging.getLogger("emerald.requests")
-GATEWAY_SECONDS = 27.0
-"""An answer of this age is still within the 29 seconds that API Gateway waits for an invocation."""
-LAST_SECONDS = 5.0
-"""Of an invocation, what is kept for ending it in order."""
 LOADING_SECONDS = 20.0
 """How long an HTTP request stays while the model loads, before it is told to come again."""
 BEAT_SECONDS = 1.0
@@ -140,7 +136,9 @@ class Environment:
         own = message.get("id") if isinstance(message, dict) else ""
         frames = Frames(self._poster.to(around), str(own) if named(own) else around["requestId"][:NAME_CHARACTERS])
         try:
-            self._converse(message, frames, client, self._seconds(event, context))
+            awaited = event.get("invocation") != "Event"
+            seconds = allowance(self.settings.reply_seconds, context.get_remaining_time_in_millis(), awaited=awaited)
+            self._converse(message, frames, client, seconds)
         except GoneError:
             LOG.info("%s: the client has left", client)
             return {"statusCode": 410}
@@ -161,7 +159,7 @@ class Environment:
         return {"statusCode": 200, **chosen}
 
     def _converse(self, message: object, frames: Frames, client: str, seconds: float) -> None:
-        if isinstance(message, dict) and message.get("action") == "prologue":
+        if message in ({"action": "prologue"}, {"action": "prologue", "id": frames.request}):
             self._show_prologue(frames)
         try:
             service = self._service(frames, seconds)
@@ -171,11 +169,6 @@ class Environment:
         from serving.conversation import Conversation
 
         Conversation(service, frames, client, seconds).take(message)
-
-    def _seconds(self, event: Answer, context: Context) -> float:
-        """How long an answer may take."""
-        seconds = min(self.settings.reply_seconds, context.get_remaining_time_in_millis() / 1000 - LAST_SECONDS)
-        return seconds if event.get("invocation") == "Event" else min(seconds, GATEWAY_SECONDS)
 
     def _service(self, frames: Frames, seconds: float) -> "Service":
         """The service, once torch has been imported; TimeoutError if that takes longer."""
@@ -203,11 +196,11 @@ class Environment:
     def _http(self, event: Answer, around: Answer, context: Context) -> Answer:
         if "http" not in around and "httpMethod" not in event:
             raise EventError("this is no event of a WebSocket API, an HTTP API or a function URL")
-        left = context.get_remaining_time_in_millis() / 1000 - LAST_SECONDS
+        left = allowance(LOADING_SECONDS, context.get_remaining_time_in_millis(), awaited=True)
         service = self._begun.result(left)
         application = self._application(_settings(self.settings, around))
         answer = _called(application, event, context)
-        if answer["statusCode"] == 503 and service.wait(min(LOADING_SECONDS, left)) and service.failure is None:
+        if answer["statusCode"] == 503 and service.wait(left) and service.failure is None:
             answer = _called(application, event, context)
         return answer
 

@@ -19,6 +19,11 @@ from botocore.exceptions import BotoCoreError, ClientError
 LOG = logging.getLogger("emerald.requests")
 FRAME_BYTES = 32 * 1024
 """API Gateway's limit of a WebSocket frame, and its unit of billing; a message may have 128 KB, in several frames."""
+GATEWAY_SECONDS = 27.0
+"""An answer of this age is still within the 29 seconds that API Gateway waits for an invocation."""
+LAST_SECONDS = 5.0
+"""Of an invocation, what is kept for ending it in order."""
+API = "apigatewaymanagementapi"
 ENDPOINT = "AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI"
 """AWS's own name for the variable that sends posts elsewhere."""
 POSTING = Config(connect_timeout=3, read_timeout=5, retries={"mode": "standard", "total_max_attempts": 4})
@@ -51,14 +56,20 @@ class Frames:
     """The frames of one request, numbered from 0."""
 
     def __init__(self, post: Post, request: str) -> None:
-        self._post, self._request = post, request
-        self._sent = 0
+        self.request = request
+        self._post, self._sent = post, 0
 
     def send(self, kind: str, **fields: Any) -> None:
         """Posts the next frame. Raises GoneError or UnsentError."""
         assert fields.keys() <= set(FRAMES[kind]), f"{kind} has no such fields: {sorted(fields)}"
-        self._post(encoded({"type": kind, "request": self._request, "seq": self._sent, **fields}))
+        self._post(encoded({"type": kind, "request": self.request, "seq": self._sent, **fields}))
         self._sent += 1
+
+
+def allowance(wished: float, left_ms: float, *, awaited: bool) -> float:
+    """Seconds that an answer may take: less than the invocation has left, and than API Gateway waits, if it does."""
+    seconds = min(wished, left_ms / 1000 - LAST_SECONDS)
+    return max(0.0, min(seconds, GATEWAY_SECONDS) if awaited else seconds)
 
 
 def named(name: object) -> bool:
@@ -106,7 +117,5 @@ class Poster:
         url = os.environ.get(ENDPOINT, url)
         if url not in self._clients:
             session = botocore.session.get_session()
-            self._clients[url] = session.create_client(
-                "apigatewaymanagementapi", region, endpoint_url=url, config=POSTING
-            )
+            self._clients[url] = session.create_client(API, region, endpoint_url=url, config=POSTING)
         return self._clients[url]

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import platform
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,8 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from tests.conftest import ROOT
 from tests.serving.server import free_port
@@ -59,20 +59,26 @@ def emulated(build: Path, management: str, **settings: str) -> Iterator[Function
         "EMERALD_BUILD": str(build),
         **settings,
     }
-    addresses = ["--runtime-interface-emulator-address", f"127.0.0.1:{port}", "--runtime-api-address", f"127.0.0.1:{api}"]
+    addresses = ["--runtime-interface-emulator-address", f"127.0.0.1:{port}"]
+    addresses += ["--runtime-api-address", f"127.0.0.1:{api}"]
+    command = [binary(), *addresses, sys.executable, *HANDLER]
     with tempfile.NamedTemporaryFile(suffix=".log") as output:
-        process = subprocess.Popen(
-            [binary(), *addresses, sys.executable, *HANDLER], cwd=ROOT, env=environment, stdout=output, stderr=output
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
         try:
             _wait_until_listening(port)
             yield Function(port, Path(output.name))
         finally:
-            started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            for one in started:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
-            process.wait(timeout=20)
+            _end(process)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """The emulator and the runtime that it started."""
+    started = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    children = [int(child) for child in started.read_text().split()] if started.exists() else []
+    for one in (process.pid, *children):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+    process.wait(timeout=20)
 
 
 def binary() -> str:
@@ -89,7 +95,7 @@ def binary() -> str:
 def _wait_until_listening(port: int) -> None:
     for _ in range(200):
         with contextlib.suppress(OSError):
-            http.client.HTTPConnection("127.0.0.1", port, timeout=1).connect()
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
             return
         time.sleep(0.05)
     raise AssertionError("the emulator does not listen")

@@ -86,7 +86,11 @@ def rest(method: str, path: str, body: object = None, **headers: str) -> Event:
         "resource": "/{proxy+}",
         "path": path,
         "httpMethod": method,
-        "headers": {"Content-Type": "application/json", "Host": "abc.execute-api.us-east-1.amazonaws.com", **_named(headers)},
+        "headers": {
+            "Content-Type": "application/json",
+            "Host": "abc.execute-api.us-east-1.amazonaws.com",
+            **_named(headers),
+        },
         "multiValueHeaders": {"Content-Type": ["application/json"]},
         "queryStringParameters": None,
         "multiValueQueryStringParameters": None,

@@ -1,4 +1,4 @@
-"""API Gateway's management API for WebSocket connections, as a real server on loopback that can be made to misbehave."""
+"""API Gateway's management API for WebSocket connections: a real server on loopback that can be made to misbehave."""
 
 import contextlib
 import json
@@ -36,6 +36,10 @@ Behaviour = Callable[[Posted], int]
 """Says with which status a post is answered; may take its time."""
 
 
+def accepts(_: Posted) -> int:
+    return 200
+
+
 class Management:
     """What clients have received, by connection."""
 
@@ -60,7 +64,7 @@ class Management:
         content = json.loads(body)
         number = self.posts[connection]
         self.posts[connection] += 1
-        status = self.behaviours.get(connection, lambda _: 200)(Posted(number, content))
+        status = self.behaviours.get(connection, accepts)(Posted(number, content))
         if status == 200:
             self.frames[connection].append(Frame(time.monotonic(), len(body), content))
         return status
