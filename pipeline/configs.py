@@ -66,6 +66,8 @@ class ExportEmbedderConfig(Checked):
 
     longest_tokens: Annotated[int, Range(8, 512)]
     """Longer questions are refused by the cache, never cut short."""
+    cpu: str = "native"
+    """CPU family to compile for, as `export.cpu`; both have to run on the machine that serves."""
 
 
 @dataclass(frozen=True, kw_only=True)

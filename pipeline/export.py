@@ -7,7 +7,6 @@ from pathlib import Path
 from torch import Tensor
 
 from model.artifact import manifest_digest, write_manifest
-from model.cpu import family, runs
 from model.errors import InputError
 from model.int4_linear import kernel
 from model.kernels import compiler_flags
@@ -16,6 +15,7 @@ from model.program import Form, compile_programs, form_of, torch_version
 from model.shards import read_shards, write_shards
 from pipeline.configs import ExportConfig
 from pipeline.progress import say, track
+from pipeline.target import compiled_for
 
 
 def run(config: ExportConfig, int4: Path, engine: Path) -> None:
@@ -27,11 +27,7 @@ def run(config: ExportConfig, int4: Path, engine: Path) -> None:
             f"export.context_tokens = {config.context_tokens}: this model was trained for {arch.context}; "
             "set it to that or less"
         )
-    target = family() if config.cpu == "native" else config.cpu
-    if not runs(target):
-        raise InputError(
-            f"export.cpu = {target}: this machine is {family()} and cannot pack for it; export on one that can"
-        )
+    target = compiled_for("export.cpu", config.cpu)
     compiler_flags(target)
     engine.mkdir()
     forms: dict[str, Form] = {}

@@ -1,7 +1,8 @@
 """Compiles the sentence embedder of the cache into a program, so that serving needs no training library.
 
 Its matrices are laid out for the CPU's product once, here, and multiplied in bf16 where the CPU has instructions for
-it; all else stays in float32. That keeps a vector within a cosine of 0.9999 of the float32 model's.
+it; all else stays in float32. That keeps a vector within a cosine of 0.9999 of the float32 model's. For another CPU
+than this one, matrices stay as they are, since the product lays them out as the CPU likes that it runs on.
 """
 
 import os
@@ -17,6 +18,7 @@ from model.cpu import family
 from model.program import compile_module, torch_version
 from pipeline.configs import ExportEmbedderConfig
 from pipeline.progress import say
+from pipeline.target import compiled_for
 
 
 class _SentenceVector(torch.nn.Module):
@@ -48,11 +50,14 @@ def run(config: ExportEmbedderConfig, trained: Path, output: Path) -> None:
     """Writes the embedder folder (kind "embedder"): program.pt2 and tokenizer.json."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from sentence_transformers import SentenceTransformer
+    from torch._inductor import config as inductor
 
     model = SentenceTransformer(str(trained), device="cpu").eval()
     network: Any = model[0].auto_model
     network.pooler = None  # BERT's own, which no sentence vector reads
-    half = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    target = compiled_for("export_embedder.cpu", config.cpu)
+    here = target == family()
+    half = torch.ops.mkldnn._is_mkldnn_bf16_supported() if here else "bf16" in target
     if half:
         _halve(model)
     say("  compiling the embedder; about half a minute")
@@ -61,13 +66,14 @@ def run(config: ExportEmbedderConfig, trained: Path, output: Path) -> None:
     tokens = torch.export.Dim("tokens", min=3, max=config.longest_tokens)
     shapes = {"ids": {1: tokens}, "mask": {1: tokens}}
     arguments = (ids, torch.ones_like(ids))
-    compile_module(_SentenceVector(model), arguments, shapes, output / "program.pt2", freezing=True)
+    with inductor.patch({"cpp.weight_prepack": here}):
+        compile_module(_SentenceVector(model), arguments, shapes, output / "program.pt2", target, freezing=True)
     shutil.copyfile(trained / "tokenizer.json", output / "tokenizer.json")
     facts = {
         "dimensions": model.get_embedding_dimension(),
         "longest_tokens": config.longest_tokens,
         "products": "bf16" if half else "float32",
-        "cpu": family(),
+        "cpu": target,
         "torch": torch_version(),
     }
     write_manifest(output, "embedder", facts)

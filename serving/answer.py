@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from model.artifact import MANIFEST, REMEDY, Progress, read_json, unwatched
+from model.artifact import Progress, unwatched
 from model.cpu import available_cores
 from model.engine import Engine, FinishReason, Piece, Timing, timed
 from model.errors import InputError
@@ -23,6 +23,7 @@ from model.tokenizer import Message
 from serving.cache import Cache, Hit, Miss
 from serving.certificate import Certificate, admit
 from serving.embedder import Embedder
+from serving.prologue import model_id, visible
 from serving.settings import Settings
 
 LOG = logging.getLogger(__name__)
@@ -42,6 +43,22 @@ class Origin:
     """Why the cache had no answer; None on a hit."""
     dropped_turns: int = 0
     """Turns at the beginning of the conversation that the context had no room for."""
+
+    def facts(self) -> dict[str, str | int | float]:
+        """What clients are told; for a semantic match, by which certificate, and how often it is wrong at most.
+
+        Never how similar the question was: that would show how to poison or probe a cache.
+        """
+        if self.cached is None:
+            return {"source": "model", "miss": self.miss or "", "dropped_turns": self.dropped_turns}
+        facts: dict[str, str | int | float] = {
+            "source": "cache",
+            "entry": self.cached.entry,
+            "tier": self.cached.tier,
+        }
+        if self.certificate is not None:
+            facts |= {"certificate": self.certificate.identity, "false_hit_bound": round(self.certificate.bound, 4)}
+        return facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,21 +98,11 @@ class Storyteller:
     @cached_property
     def model_id(self) -> str:
         """The model's name, which its folder tells before it is loaded and verified."""
-        return str(read_json(self._settings.folder("engine") / MANIFEST, REMEDY).get("model_id", "unnamed"))
+        return model_id(self._settings.folder("engine").parent)
 
     def prologue(self) -> dict[str, Any]:
         """Persona and prologue as visitors see them: what a choice tells the model stays here."""
-        scenes = [
-            {
-                **scene,
-                "choices": [{"id": one["id"], "label": one["label"]} for one in scene["choices"]],
-            }
-            if "choices" in scene
-            else scene
-            for scene in self.cache.prologue["scenes"]
-        ]
-        persona = {"name": self.cache.persona["name"], "greeting": self.cache.persona["greeting"]}
-        return {"persona": persona, "prologue": {"title": self.cache.prologue["title"], "scenes": scenes}}
+        return visible(self.cache.persona, self.cache.prologue)
 
     def look_up(self, conversation: Sequence[Message], *, use_cache: bool = True) -> Origin:
         """Whether a conversation (user and assistant turns, oldest first) ends in a question with a ready answer."""

@@ -1,10 +1,9 @@
 """The HTTP interface: OpenAI's completions over the cache and the model, the page, and what operators look at.
 
-Every error has OpenAI's shape; `serving/protocol.py` has the table of their statuses.
+Every error has OpenAI's shape; `serving/errors.py` has the table of their statuses.
 """
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections import Counter
@@ -19,7 +18,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 from swagger_ui_bundle import swagger_ui_path
@@ -29,26 +27,24 @@ from model.errors import InputError
 from serving.answer import Origin
 from serving.completion import Completion, TextCompletion, event
 from serving.energy import Energy, EnergyModel
+from serving.errors import ERROR_TYPES, error_body
+from serving.faults import FORESEEN, ClientGoneError, PerKeyError, described
 from serving.metrics import Metrics
 from serving.protocol import (
-    ERROR_TYPES,
     ChatRequest,
     DetokenizeRequest,
     ErrorBody,
     TextRequest,
     TokenizeRequest,
-    error_body,
     refusal,
 )
-from serving.scheduler import ClosingError, OutOfTimeError, QueueFullError, Ticket
-from serving.security import Door
-from serving.service import LoadingError, Service
+from serving.scheduler import Ticket
+from serving.security import Door, veiled
+from serving.service import OWN_NAME, Service
 from serving.settings import Settings
 
 LOG = logging.getLogger("emerald.requests")
 WEB = Path(__file__).parent / "web"
-OWN_NAME = "emerald"
-"""Names the served model whatever it is, so that clients need not know."""
 SEND_SECONDS = 30.0
 """How long beyond its reply's time a client may take to read it."""
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -56,14 +52,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 T = TypeVar("T")
-
-
-class ClientGoneError(Exception):
-    """The client hung up before its answer began."""
-
-
-class PerKeyError(Exception):
-    """One key has too many requests at once."""
 
 
 def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
@@ -74,7 +62,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     given = service
     service = given or Service(settings)
     metrics = Metrics(service)
-    calls = Calls(service, metrics)
+    calls = Calls(settings, service, metrics)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -122,18 +110,18 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """That model, by its name."""
-        calls.check_model(name)
+        service.check_model(name)
         return _model(service)
 
     @app.post("/v1/chat/completions", response_model=None, responses=STREAMED)
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
         """A chat completion, whole or streamed; `Cache-Control: no-cache` asks the model in any case."""
         turns = request.conversation(settings)
-        bypass = "no-cache" in http.headers.get("cache-control", "").lower() or turns[0]["role"] == "system"
+        bypass = "no-cache" in http.headers.get("cache-control", "").lower()
         calls.log_prompt(http, turns[-1]["content"])
 
         def begin(ticket: Ticket) -> "Future[Origin]":
-            use_cache = request.emerald.cache and not bypass
+            use_cache = request.takes_ready_answers and not bypass
             return service.answer(ticket, turns, use_cache=use_cache, choices=request.emerald.choices)
 
         return await calls.complete(http, request, Completion, begin)
@@ -200,23 +188,14 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
 class Calls:
     """Completions from arrival to end: places, figures, and clients that hang up."""
 
-    def __init__(self, service: Service, metrics: Metrics) -> None:
-        self._service, self._metrics = service, metrics
-        self._settings = service.settings
-        self._energy = EnergyModel(service.settings.grams_per_kwh)
+    def __init__(self, settings: Settings, service: Service, metrics: Metrics) -> None:
+        self._settings, self._service, self._metrics = settings, service, metrics
+        self._energy = EnergyModel(settings.grams_per_kwh)
         self._at_once: Counter[str] = Counter()
 
-    def check_model(self, name: str | None) -> None:
-        """Raises 404 for a model that is not served."""
-        known = self._service.opened().model_id
-        if name not in (None, OWN_NAME, known):
-            raise HTTPException(404, f"model {name!r} is not served here; use {known!r} or {OWN_NAME!r}")
-
     def log_prompt(self, http: Request, text: str) -> None:
-        """Length and digest of what was said; the text itself only where the operator wants it."""
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        said = repr(text) if self._settings.log_prompts else f"{len(text)} characters, SHA-256 {digest}"
-        LOG.info("%s %s: %s", http.scope["client_name"], http.url.path, said)
+        """What was said, veiled."""
+        LOG.info("%s %s: %s", http.scope["client_name"], http.url.path, veiled(text, self._settings))
 
     async def complete(
         self,
@@ -226,7 +205,7 @@ class Calls:
         begin: Callable[[Ticket], "Future[Origin]"],
     ) -> Response:
         """Answers one request; a client that hangs up, at whatever moment, ends its reply before the next token."""
-        self.check_model(request.model)
+        self._service.check_model(request.model)
         inbox = Inbox()
         client = http.scope["client_name"]
         ticket = Ticket(request.sampling(self._settings), client, self._settings.reply_seconds, inbox.deliver)
@@ -398,25 +377,12 @@ EXPOSED = (
 
 
 def _origin_headers(origin: Origin) -> dict[str, str]:
-    """Where the answer came from; for a semantic match, by which certificate, and how often it is wrong at most.
-
-    Never how similar the question was: that would show how to poison or probe a cache.
-    """
-    if origin.cached is None:
-        return {
-            "X-Emerald-Source": "model",
-            "X-Emerald-Miss": (origin.miss or "").encode("ascii", "replace").decode().replace("\n", " "),
-            "X-Emerald-Dropped-Turns": str(origin.dropped_turns),
-        }
-    headers = {
-        "X-Emerald-Source": "cache",
-        "X-Emerald-Entry": origin.cached.entry,
-        "X-Emerald-Tier": origin.cached.tier,
+    """Where the answer came from."""
+    facts = {name: f"{fact:.4f}" if isinstance(fact, float) else str(fact) for name, fact in origin.facts().items()}
+    return {
+        f"X-Emerald-{name.replace('_', '-').title()}": text.encode("ascii", "replace").decode().replace("\n", " ")
+        for name, text in facts.items()
     }
-    if origin.certificate is not None:
-        headers["X-Emerald-Certificate"] = origin.certificate.identity
-        headers["X-Emerald-False-Hit-Bound"] = f"{origin.certificate.bound:.4f}"
-    return headers
 
 
 def _energy_headers(energy: Energy) -> dict[str, str]:
@@ -427,27 +393,6 @@ def _energy_headers(energy: Energy) -> dict[str, str]:
         "X-Emerald-Grams-CO2e": f"{figures['grams_co2e']:.9f}",
         "X-Emerald-Energy-Source": energy.source,
     }
-
-
-def described(fault: Exception) -> tuple[int, str, dict[str, str]]:
-    """Status, message and headers for any exception; what is not foreseen says nothing of itself."""
-    match fault:
-        case InputError():
-            return 400, str(fault), {}
-        case QueueFullError():
-            return 429, str(fault), {"Retry-After": str(fault.retry_after)}
-        case PerKeyError():
-            return 429, str(fault), {"Retry-After": "1"}
-        case LoadingError():
-            return 503, str(fault), {} if fault.failed else {"Retry-After": "1"}
-        case ClosingError() | OutOfTimeError():
-            return 503, str(fault), {"Retry-After": "5"}
-        case ClientGoneError():
-            return 408, "the client hung up", {}
-        case HTTPException():
-            return fault.status_code, str(fault.detail), dict(fault.headers or {})
-        case _:
-            return 500, "something went wrong on the server; its log says what", {}
 
 
 def _add_handlers(app: FastAPI, metrics: Metrics) -> None:
@@ -467,16 +412,6 @@ def _add_handlers(app: FastAPI, metrics: Metrics) -> None:
         return answer(*described(fault))
 
     app.add_exception_handler(RequestValidationError, invalid)
-    kinds: tuple[type[Exception], ...] = (
-        InputError,
-        QueueFullError,
-        PerKeyError,
-        LoadingError,
-        ClosingError,
-        OutOfTimeError,
-        ClientGoneError,
-        HTTPException,
-    )
-    for kind in kinds:
+    for kind in FORESEEN:
         app.add_exception_handler(kind, foreseen)
     app.add_exception_handler(Exception, unforeseen)

@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,35 +23,36 @@ class Completion:
         self._ticket, self._tokenizer, self._energy = ticket, tokenizer, energy
         self.identity = f"{self.prefix}-{uuid.uuid4().hex}"
         self._head = {"id": self.identity, "created": int(time.time()), "model": model}
+        self._chunk_head = {**self._head, "object": self.chunk_kind}
 
     def whole(self, pieces: list[Piece]) -> dict[str, Any]:
         """A completion object."""
         text, last = "".join(piece.text for piece in pieces), pieces[-1]
         known = [token for piece in pieces for token in self._known(piece)]
         choice = {**self._message(text), **self._ending(last.finish_reason), "logprobs": self._logprobs(known)}
-        return {**self._head, "object": self.kind, "choices": [{"index": 0, **choice}], **self._figures()}
+        return {**self._head, "object": self.kind, "choices": [{"index": 0, **choice}], **self.figures()}
 
     async def events(self, pieces: AsyncIterator[Piece], *, with_usage: bool) -> AsyncIterator[str]:
         """Server-sent events, closed by [DONE]."""
         if opening := self._opening():
-            yield self._event(opening, None, None)
+            yield event(self._chunk(opening, None, None))
         async for piece in pieces:
-            known = self._known(piece)
-            if piece.text or known:
-                yield self._event(self._delta(piece.text), None, self._logprobs(known))
-            if piece.finish_reason:
-                yield self._event(self._delta(None), piece.finish_reason, None)
-                if with_usage:
-                    yield self._data({"choices": [], **self._figures()})
+            for chunk in self.chunks([piece]):
+                yield event(chunk)
+            if piece.finish_reason and with_usage:
+                yield event({**self._chunk_head, "choices": [], **self.figures()})
         yield "data: [DONE]\n\n"
 
-    def _event(self, content: dict[str, Any], finish_reason: str | None, logprobs: object) -> str:
-        return self._data({"choices": [{"index": 0, **content, "finish_reason": finish_reason, "logprobs": logprobs}]})
+    def chunks(self, pieces: Sequence[Piece]) -> Iterator[dict[str, Any]]:
+        """Chunk objects for pieces that come together: one for their text, and one for the reply's end."""
+        text, known = "".join(piece.text for piece in pieces), [one for piece in pieces for one in self._known(piece)]
+        if text or known:
+            yield self._chunk(self._delta(text), None, self._logprobs(known))
+        if pieces[-1].finish_reason:
+            yield self._chunk(self._delta(None), pieces[-1].finish_reason, None)
 
-    def _data(self, content: dict[str, Any]) -> str:
-        return event({**self._head, "object": self.chunk_kind, **content})
-
-    def _figures(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
+        """Tokens, energy and times, once the last piece has come."""
         ticket = self._ticket
         usage = {
             "prompt_tokens": len(ticket.prompt),
@@ -66,6 +67,10 @@ class Completion:
             "tokens_per_second": round(1 / ticket.tpot_s, 2) if ticket.tpot_s else None,
         }
         return {"usage": usage, "timings": timings}
+
+    def _chunk(self, content: dict[str, Any], finish_reason: str | None, logprobs: object) -> dict[str, Any]:
+        choice = {"index": 0, **content, "finish_reason": finish_reason, "logprobs": logprobs}
+        return {**self._chunk_head, "choices": [choice]}
 
     def _known(self, piece: Piece) -> list[tuple[TokenLogprob, ...]]:
         return [piece.logprobs] if piece.logprobs else []

@@ -1,4 +1,4 @@
-"""What clients may send and what errors they get: OpenAI's shapes, each written once.
+"""What clients may send: OpenAI's shapes, each written once.
 
 Whatever is not supported is refused by name, never ignored.
 """
@@ -13,25 +13,6 @@ from model.errors import InputError
 from model.sampling import Sampling
 from model.tokenizer import Message
 from serving.settings import Settings
-
-ERROR_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    404: "not_found_error",
-    405: "invalid_request_error",
-    408: "timeout_error",
-    413: "invalid_request_error",
-    415: "invalid_request_error",
-    429: "rate_limit_error",
-    500: "server_error",
-    503: "overloaded_error",
-}
-"""Every status of an error that this server sends, with OpenAI's name for its type."""
-
-
-def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": ERROR_TYPES[status], "param": param, "code": None}}
 
 
 def _encodable(text: str) -> str:
@@ -170,6 +151,11 @@ class ChatRequest(_Generation):
         if self.top_logprobs is not None and not self.logprobs:
             raise InputError("top_logprobs: it needs logprobs to be true")
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def takes_ready_answers(self) -> bool:
+        """Whether the cache may answer: not if it is bypassed, nor for another persona than the one it speaks as."""
+        return self.emerald.cache and self.messages[0].plain()["role"] != "system"
 
     def conversation(self, settings: Settings) -> list[Message]:
         """The turns, oldest first; InputError for a system prompt where none is allowed."""

@@ -1,17 +1,15 @@
 """The door of the server: API keys, limits on what is sent and how slowly, headers that make browsers strict."""
 
 import asyncio
-import base64
-import binascii
 import hashlib
-import hmac
 import json
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.protocol import error_body
+from serving.errors import error_body
+from serving.keys import key_name, presented_key
 from serving.settings import Settings
 
 OPEN_PATHS = ("/health/live", "/health/ready")
@@ -69,19 +67,18 @@ class Door:
         await self._app(scope, _replaying(body, receive), send_with_headers)
 
     def _caller(self, scope: Scope, headers: Headers) -> str:
-        """A short name of the key, or the address where no key is asked for. Compares in constant time."""
+        """A short name of the key, or the address where no key is asked for."""
         address = scope["client"][0] if scope.get("client") else "unknown"
         if not self._digests or scope["path"] in OPEN_PATHS:
             return str(address)
-        digest = hashlib.sha256(_presented(headers.get("authorization", ""))).hexdigest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if not any(matches):
+        name = key_name(presented_key(headers.get("authorization", "")), self._digests)
+        if name is None:
             raise RefusedError(
                 401,
                 "an API key is needed: send it as Authorization: Bearer KEY (browsers: as the password)",
                 {"WWW-Authenticate": 'Basic realm="Emerald", charset="UTF-8"'},
             )
-        return f"key {digest[:12]}"
+        return name
 
     async def _body(self, scope: Scope, headers: Headers, receive: Receive) -> bytes:
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -116,14 +113,10 @@ class Door:
         return RefusedError(413, f"the request is larger than {self._body_bytes_max} bytes", {"Connection": "close"})
 
 
-def _presented(authorization: str) -> bytes:
-    scheme, _, value = authorization.partition(" ")
-    if scheme.lower() == "basic":
-        try:
-            return base64.b64decode(value, validate=True).partition(b":")[2]
-        except binascii.Error:
-            return b""
-    return value.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+def veiled(text: str, settings: Settings) -> str:
+    """What a log holds of users' words: length and digest; the words themselves only where the operator wants it."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return repr(text) if settings.log_prompts else f"{len(text)} characters, SHA-256 {digest}"
 
 
 def _replaying(body: bytes, receive: Receive) -> Receive:

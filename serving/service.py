@@ -21,6 +21,8 @@ from serving.scheduler import ClosingError, QueueFullError, Scheduler, Ticket
 from serving.settings import Settings
 
 LOG = logging.getLogger(__name__)
+OWN_NAME = "emerald"
+"""Names the served model whatever it is, so that clients need not know."""
 READY_WAIT_SECONDS = 0.05
 
 
@@ -30,6 +32,10 @@ class LoadingError(Exception):
     def __init__(self, message: str, *, failed: bool = False) -> None:
         super().__init__(message)
         self.failed = failed
+
+
+class UnknownModelError(Exception):
+    """A model was asked for that is not served here."""
 
 
 class Service:
@@ -53,6 +59,11 @@ class Service:
         """Begins to load."""
         self._loading.start()
 
+    def wait(self, seconds: float) -> bool:
+        """Waits that long for loading to end; whether it has, well or badly."""
+        self._loading.join(seconds)
+        return not self._loading.is_alive()
+
     def close(self) -> None:
         """Takes nothing new, and lets what was admitted end within the time that is set for it."""
         self._lookups.shutdown(wait=True)
@@ -70,6 +81,12 @@ class Service:
         if self.scheduler is None:
             raise self._not_ready()
         return self.opened().engine
+
+    def check_model(self, name: str | None) -> None:
+        """UnknownModelError for a model that is not served."""
+        known = self.opened().model_id
+        if name not in (None, OWN_NAME, known):
+            raise UnknownModelError(f"model {name!r} is not served here; use {known!r} or {OWN_NAME!r}")
 
     def answer(
         self,

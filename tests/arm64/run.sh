@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a command as an Arm machine would, on an x86-64 one: tests/arm64/run.sh CPU COMMAND...
+# Runs a command as an Arm machine would, on an x86-64 one: tests/arm64/run.sh [--without-sys] CPU COMMAND...
 #
 #     sudo tests/arm64/run.sh neoverse-n1 python3 -m pytest tests/model
 #
@@ -13,16 +13,17 @@
 #
 # All mounts live in a mount namespace of their own, which the kernel takes down with its last process, however that
 # ends: none can leak into the machine, and none is left for the next build to delete through. /sys must be among them:
-# without it PyTorch finds no Arm features and packs the slow reference instead, without an error.
+# without it PyTorch finds no Arm features and packs the slow reference instead, without an error. AWS Lambda is such a
+# place, and --without-sys shows what happens there.
 set -euo pipefail
 
 SUITE=bookworm PYTHON=3.11 GLIBC=36 # a Debian release, and the Python and the minor version of glibc 2 it ships
 PACKAGES=g++,libpython3-dev,python3
-LOCKS=(requirements/linux-aarch64.txt requirements/models.txt)
+LOCKS=(requirements/linux-aarch64.txt requirements/models.txt requirements/lambda.txt)
 ROOT=build/arm64/root
 
 main() {
-    [ $# -ge 2 ] || stop "usage: tests/arm64/run.sh CPU COMMAND..."
+    [ $# -ge 2 ] || stop "usage: tests/arm64/run.sh [--without-sys] CPU COMMAND..."
     [ "$(uname -m)" != aarch64 ] || stop "this is an Arm machine, where nothing needs emulating: run make test"
     [ "$(id -u)" = 0 ] || stop "mounts and chroot need root: put sudo before the command"
     if [ "$1" != --unshared ]; then
@@ -31,6 +32,8 @@ main() {
         exec unshare --mount "$0" --unshared "$@"
     fi
     shift
+    local trees=(proc sys dev)
+    [ "$1" != --without-sys ] || { trees=(proc dev) && shift; }
     cd "$(dirname "$0")/../.."
     register_emulator
     build
@@ -119,7 +122,7 @@ install_packages() {
 enter() {
     local cpu=$1
     shift
-    for tree in proc sys dev; do mount --rbind /$tree $ROOT/$tree; done
+    for tree in "${trees[@]}"; do mount --rbind /$tree $ROOT/$tree; done
     mount -t tmpfs tmpfs $ROOT/tmp
     mount --bind . $ROOT/emerald
     mount -o remount,bind,ro $ROOT/emerald

@@ -1,0 +1,37 @@
+"""What a visitor sees while the model loads. It is read without torch, so that it is there before anything else is."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from model.artifact import MANIFEST, REMEDY, read_json, read_manifest
+from model.errors import InputError
+
+
+def visible(persona: Mapping[str, str], prologue: Mapping[str, Any]) -> dict[str, Any]:
+    """Persona and prologue as visitors see them: what a choice tells the model stays here."""
+    scenes = [
+        {**scene, "choices": [{"id": one["id"], "label": one["label"]} for one in scene["choices"]]}
+        if "choices" in scene
+        else scene
+        for scene in prologue["scenes"]
+    ]
+    return {
+        "persona": {"name": persona["name"], "greeting": persona["greeting"]},
+        "prologue": {"title": prologue["title"], "scenes": scenes},
+    }
+
+
+def read_prologue(build: Path) -> dict[str, Any]:
+    """The same from a build folder, whose cache is verified; InputError if nothing was built there."""
+    cache = build / "cache"
+    if not cache.is_dir():
+        raise InputError(f'no {cache}: run "make pipeline", or set EMERALD_BUILD to a build folder')
+    read_manifest(cache, "cache")
+    content = read_json(cache / "entries.json", REMEDY)
+    return visible(content["persona"], content["prologue"])
+
+
+def model_id(build: Path) -> str:
+    """The model's name, which its folder tells before it is loaded and verified."""
+    return str(read_json(build / "engine" / MANIFEST, REMEDY).get("model_id", "unnamed"))
