@@ -32,6 +32,7 @@ class Exchange:
     """The answer's; of a refusal, its error; of anything else, the body."""
     tokens: int = 0
     """Generated, as the server counts them; 0 unless the answer is complete."""
+    prompt_tokens: int = 0
     first_s: float | None = None
     """When the first text came; None unless it was streamed."""
     ended_s: float = 0.0
@@ -194,7 +195,10 @@ class _Reading:
 
     def _count(self, content: dict[str, Any]) -> None:
         if usage := content.get("usage"):
-            self.exchange.tokens = usage["completion_tokens"]
+            self.exchange.tokens, self.exchange.prompt_tokens = (
+                usage["completion_tokens"],
+                usage.get("prompt_tokens", 0),
+            )
 
 
 async def get(host: str, port: int, path: str, key: str = "") -> Exchange:

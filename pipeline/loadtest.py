@@ -41,7 +41,7 @@ from serving.settings import Settings
 
 READY_SECONDS = 120.0
 IDLE_SECONDS = 30.0
-SETTLE_SECONDS = 2.0
+SETTLE_SECONDS = 1.0
 """Until the server has noticed that the last connections closed, and freed what they held."""
 
 

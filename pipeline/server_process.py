@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,11 +78,12 @@ class ServerProcess:
         return self.process.wait(timeout=seconds)
 
     def _is_ready(self) -> bool:
-        connection = http.client.HTTPConnection(HOST, self.port, timeout=5)
-        with suppress(OSError, http.client.HTTPException):
+        with (
+            suppress(OSError, http.client.HTTPException),
+            closing(http.client.HTTPConnection(HOST, self.port, timeout=5)) as connection,
+        ):
             connection.request("GET", self._ready_path)
             return connection.getresponse().status == 200
-        connection.close()
         return False
 
 
@@ -103,11 +104,11 @@ def running(
 
 
 @contextmanager
-def emerald(build: Path, **settings: str) -> Iterator[ServerProcess]:
-    """Our own server on a build folder, with environment variables as in the README's table."""
+def emerald(build: Path, port: int | None = None, **settings: str) -> Iterator[ServerProcess]:
+    """Our own server on a build folder, by default on a free port, with environment variables as in the README."""
     for artifact in ("engine", "cache", "embedder"):
         Settings(build=str(build)).folder(artifact)
-    port = free_port()
+    port = port or free_port()
     environment = {"EMERALD_BUILD": str(build.resolve()), "HOST": HOST, "PORT": str(port), **settings}
     with running([sys.executable, "-m", "serving", "serve"], port, "/health/ready", environment) as server:
         yield server

@@ -53,7 +53,7 @@ def reply(body: bytes, kind: str = "text/event-stream", status: str = "200 OK", 
 
 def events(*texts: str, done: bool = True) -> bytes:
     chunks: list[dict[str, Any]] = [{"choices": [{"delta": {"content": text}}]} for text in texts]
-    chunks.append({"choices": [], "usage": {"completion_tokens": len(texts)}})
+    chunks.append({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": len(texts)}})
     return b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks) + (
         b"data: [DONE]\n\n" if done else b""
     )
@@ -81,7 +81,7 @@ def asked(answer: bytes) -> Exchange:
 
 def test_a_stream_and_a_whole_answer_are_read_alike() -> None:
     streamed = asked(reply(events("I ", "see.")))
-    content = {"choices": [{"message": {"content": "I see."}}], "usage": {"completion_tokens": 2}}
+    content = {"choices": [{"message": {"content": "I see."}}], "usage": {"prompt_tokens": 9, "completion_tokens": 2}}
     whole = asked(reply(json.dumps(content).encode(), "application/json"))
     assert (streamed.outcome, streamed.text, streamed.tokens) == ("complete", "I see.", 2)
     assert (whole.outcome, whole.text, whole.tokens) == ("complete", "I see.", 2)

@@ -9,8 +9,8 @@ from pipeline.loadtest import main
 
 SHORT = {
     "clients": 48,
-    "seconds": 8,
-    "open-seconds": 3,
+    "seconds": 5,
+    "open-seconds": 2,
     "warm-up-seconds": 2,
     "questions": 10,
     "contexts": 1,
