@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,9 +91,11 @@ class Storyteller:
     def warm_up(self, progress: Progress = unwatched) -> None:
         """Loads what else is loaded at its first use, and computes the persona, which every prompt begins with."""
         self._progress = lambda done: progress(VERIFIED_SHARE * done)
-        self.cache.nearest(self.cache.embedder.embed("hello"), 1)
-        persona = self.engine.tokenizer.encode_chat([self._system({})])
-        self.engine.next_logits(persona)
+        with ThreadPoolExecutor(1, "cache", torch.set_num_threads, (1,)) as beside:
+            first_lookup = beside.submit(lambda: self.cache.nearest(self.cache.embedder.embed("hello"), 1))
+            persona = self.engine.tokenizer.encode_chat([self._system({})])
+            self.engine.next_logits(persona)
+            first_lookup.result()
         progress(1.0)
 
     @cached_property

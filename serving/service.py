@@ -4,6 +4,7 @@ One thread looks questions up, another generates (see `serving/scheduler.py`); c
 theirs. Ready answers are given while the model is still loading.
 """
 
+import gc
 import logging
 import threading
 import time
@@ -166,6 +167,7 @@ class Service:
                 waiting_max=self.settings.waiting_max,
                 threads=storyteller.threads,
             )
+            gc.freeze()  # what was loaded stays; looking through it would make replies halt
         except InputError as fault:
             LOG.error("the model cannot be loaded: %s", fault)
             self.failure = "the model cannot be loaded; the server's log says why"
