@@ -64,6 +64,7 @@ def build(options: argparse.Namespace) -> int:
                 base=options.base,
                 builder=options.builder,
                 network=options.network,
+                afresh=options.no_cache,
             )
         )
     return DONE
@@ -173,6 +174,7 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
         help="image to install packages in; it needs the base's Python (default: the base)",
     )
     parser.add_argument("--network", metavar="NAME", help="network of the build, such as host")
+    parser.add_argument("--no-cache", action="store_true", help="make every layer anew")
     parser.add_argument("--platform", metavar="NAME", help="such as linux/arm64, where Docker emulates it")
 
 

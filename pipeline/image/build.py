@@ -44,6 +44,7 @@ def build(
     base: str | None,
     builder: str | None,
     network: str | None,
+    afresh: bool,
 ) -> str:
     """Builds and tags an image of a build folder; its id. Raises InputError with what is wrong with the folder."""
     engine = read_manifest(folder / "engine", "engine")
@@ -60,6 +61,7 @@ def build(
         network_mode=network,
         buildargs={"BASE": base, "BUILDER": builder or base, "SOURCE_DATE_EPOCH": str(EPOCH)},
         labels={**_described(engine, base), f"{OWN}.target": target, **contents.facts()},
+        nocache=afresh,
         rm=True,
         forcerm=True,
         decode=True,

@@ -40,7 +40,7 @@ class Repository(NamedTuple):
             host, name = docker.auth.resolve_repository_name(text)
         except docker.errors.DockerException as fault:
             raise InputError(f"{text!r} names no repository: {fault}") from fault
-        if not re.fullmatch(r"[a-z0-9]+([._/-]+[a-z0-9]+)*", name) or TAG.fullmatch(name.rpartition(":")[2]) is None:
+        if not re.fullmatch(r"[a-z0-9]+([._/-]+[a-z0-9]+)*", name):
             raise InputError(f"{text!r} names no repository: write it as user/name or host/user/name, in small letters")
         return cls(host, f"library/{name}" if host == HUB and "/" not in name else name)
 
