@@ -1,4 +1,4 @@
-"""The pipeline's command line: python -m pipeline run | list | settings | explain | status | check-data."""
+"""The pipeline's command line: python -m pipeline run | list | settings | explain | status | key | check-data."""
 
 import argparse
 import shutil
@@ -110,6 +110,19 @@ def status(build: Build, _options: argparse.Namespace) -> int:
     return DONE
 
 
+def key(build: Build, options: argparse.Namespace) -> int:
+    """Prints a digest of all that these stages' outputs depend on, and what to keep of them under it, a path a line."""
+    digest, paths = build.key(options.stages), build.published(options.stages)
+    print(digest)
+    for path in paths:
+        print(path)
+    if options.github_output:
+        lines = [f"key={digest}", "paths<<END_OF_PATHS", *map(str, paths), "END_OF_PATHS"]
+        with options.github_output.open("a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+    return DONE
+
+
 def check_data(build: Build, options: argparse.Namespace) -> int:
     """Prints what is wrong in cache_data, with file and line, what is doubtful, and what would be worth adding."""
     from pipeline.check_data import check  # faiss and torch, which no other command needs
@@ -163,17 +176,26 @@ def _parser() -> argparse.ArgumentParser:
         (settings, "settings", "print every field that --set can change, and its range"),
         (explain, "explain", "say why a stage would run"),
         (status, "status", "say where every stage stands"),
+        (key, "key", "say what stages' outputs depend on, as one digest, and what to keep of them"),
         (check_data, "check-data", "say what is wrong or doubtful in cache_data"),
     ):
         chosen = commands.add_parser(name, parents=[common], help=what, description=command.__doc__)
         chosen.set_defaults(command=command)
-        if command is run:
+        if command in (run, key):
             chosen.add_argument(
                 "stages",
                 nargs="*",
                 metavar="STAGE",
                 help=f"only these and what they need (default: all): {', '.join(STAGES)}",
             )
+        if command is key:
+            chosen.add_argument(
+                "--github-output",
+                type=Path,
+                metavar="FILE",
+                help="also write `key` and `paths` there, as a GitHub Actions step's outputs",
+            )
+        if command is run:
             chosen.add_argument("--force", action="store_true", help="run them even if nothing changed")
         if command is check_data:
             chosen.add_argument("--data", default="cache_data", metavar="FOLDER", help="default: cache_data")
