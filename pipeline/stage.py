@@ -146,6 +146,13 @@ class Build:
         kept = [path for stage in within for path in stage.outputs if path in read]
         return [*(self.folder / path for path in kept), *map(self._receipt_path, within)]
 
+    def outdated(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """The stages, of these and all they need, that a run would have to run, with the reasons; runs nothing."""
+        needed = self.needed_for(names)
+        targets = set(names) or {stage.name for stage in needed}
+        found = {stage.name: self.reasons(stage, outputs_kept=stage.name in targets) for stage in needed}
+        return {name: reasons for name, reasons in found.items() if reasons}
+
     def reasons(self, stage: Stage, *, outputs_kept: bool = True) -> list[str]:
         """Why a stage must run, a line each; empty when its receipt stands.
 
