@@ -31,7 +31,6 @@ class Asked:
     """What GitHub tells a job; `inputs` is empty on a push."""
 
     event: str
-    owner: str
     inputs: Mapping[str, Any]
     variables: Mapping[str, str]
     dockerhub_token: bool
@@ -41,7 +40,6 @@ class Asked:
     def from_environment(cls) -> "Asked":
         return cls(
             event=os.environ["GITHUB_EVENT_NAME"],
-            owner=os.environ["GITHUB_REPOSITORY_OWNER"],
             inputs=json.loads(os.environ["INPUTS"]) or {},
             variables=json.loads(os.environ["VARIABLES"]) or {},
             dockerhub_token=os.environ["HAS_DOCKERHUB_TOKEN"] == "true",

@@ -1,8 +1,8 @@
 """The workflows executed: act runs them on this machine as GitHub would, with small local stand-ins for the actions.
 
-Every `run:` step is real: the pipeline, the Docker engine, the registry. Stand-ins are in `actions/`; they keep caches and
-artifacts in a folder, and write down what would be signed. The tree under test is a copy of this one, with changes that a
-test plants committed on top.
+Every `run:` step is real: the pipeline, the Docker engine, the registry. Stand-ins are in `actions/`; they keep caches
+and artifacts in a folder, and write down what would be signed. The tree under test is a copy of this one, with changes
+that a test plants committed on top.
 """
 
 import json
