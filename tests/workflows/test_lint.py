@@ -50,6 +50,7 @@ def test_githubs_schema() -> None:
     schema = BIN / "check-jsonschema"
     require_quiet(schema, "--builtin-schema", "vendor.github-workflows", *WORKFLOWS)
     require_quiet(schema, "--builtin-schema", "vendor.github-actions", *ACTIONS, *STAND_INS)
+    require_quiet(schema, "--builtin-schema", "vendor.dependabot", ".github/dependabot.yml")
 
 
 def test_actionlint() -> None:
