@@ -113,7 +113,11 @@ def test_a_forged_certificate_stops_it(fork: Fork, account: Account) -> None:
 
 def test_an_image_that_is_never_healthy_stops_it(fork: Fork, account: Account) -> None:
     before = account.tags()
-    fork.edit("serving/app.py", "        if service.scheduler is None:\n            return JSON", "        if True:\n            return JSON")
+    fork.edit(
+        "serving/app.py",
+        "        if service.scheduler is None:\n            return JSON",
+        "        if True:\n            return JSON",
+    )
     ran = fork.run()
     ran.require_red("image/build")
     assert account.tags() == before
@@ -154,7 +158,11 @@ def test_a_known_hole_stops_it(fork: Fork, account: Account) -> None:
 
 def test_a_skipped_gate_stops_it(fork: Fork, account: Account) -> None:
     before = account.tags()
-    fork.edit(".github/workflows/pipeline.yml", "    needs: [plan, weights, cache]\n", "    needs: [plan, weights, cache]\n    if: false\n")
+    fork.edit(
+        ".github/workflows/pipeline.yml",
+        "    needs: [plan, weights, cache]\n",
+        "    needs: [plan, weights, cache]\n    if: false\n",
+    )
     ran = fork.run()
     ran.require_red()
     assert "job gates: skipped" in ran.log and "job image: skipped" in ran.log
@@ -163,7 +171,11 @@ def test_a_skipped_gate_stops_it(fork: Fork, account: Account) -> None:
 
 def test_a_gate_that_was_cut_short_stops_it(fork: Fork, account: Account) -> None:
     before = account.tags()
-    fork.edit(".github/workflows/gates.yml", "pipeline run report --config", "pipeline run report --config & sleep 2; kill -INT $!; wait $! # ")
+    fork.edit(
+        ".github/workflows/gates.yml",
+        "pipeline run report --config",
+        "pipeline run report --config & sleep 2; kill -INT $!; wait $! # ",
+    )
     fork.run().require_red("gates/judge")
     assert account.tags() == before
 
