@@ -140,7 +140,7 @@ export class Chat {
     old.replaceWith(item);
     if (focused) item.focus({ preventScroll: true });
     if (follow) this.toEnd();
-    this.hooks.spoken(turn.fault ?? item.querySelector(".words").textContent);
+    this.hooks.spoken(turn.fault ?? item.querySelector(".words").innerText);
   }
 
   item(turn, at) {

@@ -10,6 +10,7 @@ const ALLOWED = {
   ],
   ALLOWED_ATTR: ["href", "start"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
+  ADD_URI_SAFE_ATTR: ["start"], // a number, to which that expression would be applied too
   ALLOW_ARIA_ATTR: false,
   ALLOW_DATA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,

@@ -3,11 +3,10 @@
 A real server, the real model: a prologue while it loads, an answer of its own, a ready answer, a phone, the dark.
 """
 
-import json
 import sys
 from pathlib import Path
 
-from playwright.sync_api import Browser, Route, sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 
 from tests.browser.slowed import slowed
 from tests.browser.visit import PHONE, Visit, launched, visiting
@@ -16,10 +15,18 @@ from tests.serving.server import serving, wait_until_ready
 
 FOLDER = ROOT / "docs/screenshots"
 BUILD = ROOT / "build/embedded"
-DESKTOP = {"viewport": {"width": 1120, "height": 700}}
+DESKTOP = {"viewport": {"width": 1120, "height": 760}}
 CHOICES = ["A brass lantern", "A talkative field mouse", "Everything there is to see", "The hot cakes"]
-WALK, ASK = "I follow the smell of hot cakes down a side street.", "Could you tell me who the Wizard is, please?"
-REPEATABLE = {"seed": 3, "temperature": 0.4}
+WALK = "Tell me what I see as I walk through the gates of the Emerald City."
+ASK = "Could you tell me who the Wizard is, please?"
+REPEATABLE = """
+const ask = window.fetch;
+const settings = { seed: 2, temperature: 0.6, stop: "\\n\\n" };
+window.fetch = (path, options) => {
+  if (!options?.body) return ask(path, options);
+  return ask(path, { ...options, body: JSON.stringify({ ...JSON.parse(options.body), ...settings }) });
+};
+"""
 
 
 def main() -> int:
@@ -31,7 +38,7 @@ def main() -> int:
     with sync_playwright() as playwright:
         browser = launched(playwright)
         prologue(browser)
-        with serving(BUILD) as server:
+        with serving(BUILD, EMERALD_REPLY_TOKENS="160") as server:
             wait_until_ready(server.port)
             answers(browser, server.url)
             phone(browser, server.url)
@@ -51,7 +58,7 @@ def prologue(browser: Browser) -> None:
             ),
         )
         visit.button(CHOICES[0]).click()
-        picture(visit, "prologue")
+        picture(visit, "prologue", at_end=False)
 
 
 def answers(browser: Browser, url: str) -> None:
@@ -60,11 +67,12 @@ def answers(browser: Browser, url: str) -> None:
         tell(visit, url)
         visit.figures(visit.hear(WALK))
         picture(visit, "answer")
-        visit.button("Dark").click()
-        picture(visit, "dark")
-        visit.button("Dark").click()
         visit.figures(visit.hear(ASK))
         picture(visit, "ready-answer")
+    with visiting(browser, url, **DESKTOP, reduced_motion="reduce", color_scheme="dark") as visit:
+        tell(visit, url)
+        visit.hear(WALK)
+        picture(visit, "dark")
 
 
 def phone(browser: Browser, url: str) -> None:
@@ -76,23 +84,18 @@ def phone(browser: Browser, url: str) -> None:
 
 
 def tell(visit: Visit, url: str) -> None:
-    """Opens the page and walks the prologue; from then on the model's answers are repeatable."""
-
-    def repeatable(route: Route) -> None:
-        body = {**json.loads(route.request.post_data or ""), **REPEATABLE}
-        route.continue_(post_data=json.dumps(body))
-
-    visit.page.route("**/v1/chat/completions", repeatable)
+    """Opens the page and walks the prologue; the model's answers are repeatable."""
+    visit.page.add_init_script(REPEATABLE)
     visit.page.goto(url)
     for label in CHOICES:
         visit.button(label).click()
     visit.button("Begin the story").click()
 
 
-def picture(visit: Visit, name: str) -> None:
-    """The page as it is."""
+def picture(visit: Visit, name: str, *, at_end: bool = True) -> None:
+    """The page as it is, at the story's beginning or end."""
     visit.page.locator("#message").focus()
-    visit.page.locator("#scroll").evaluate("(story) => { story.scrollTop = story.scrollHeight }")
+    visit.page.locator("#scroll").evaluate("(story, top) => { story.scrollTop = top }", 100_000 if at_end else 0)
     visit.page.evaluate("document.fonts.ready")
     path = Path(FOLDER / f"{name}.png")
     visit.page.screenshot(path=path)
