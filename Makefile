@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench bench-quality bench-cache bench-8b bench-torchchat test-8b bench-tasks test-tasks lock clean
+.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench bench-quality bench-cache bench-8b bench-torchchat test-8b bench-tasks test-tasks test-lambda test-lambda-arm64 lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -23,7 +23,7 @@ serve: setup ## serve the OpenAI-compatible HTTP interface on HOST and PORT
 	@EMERALD_BUILD=$${EMERALD_BUILD:-build/$(CONFIG)} $(RUN) -m serving serve
 
 test: setup ## run the tests (about a quarter of an hour on 2 cores)
-	@$(RUN) -m pytest tests --ignore=tests/resilience --ignore=tests/tasks $(ARGS)
+	@$(RUN) -m pytest tests --ignore=tests/resilience --ignore=tests/tasks --ignore=tests/lambda_ $(ARGS)
 
 ARM_KERNEL_TESTS := tests/model/test_int4_linear.py tests/model/test_cpu.py
 ARM_TESTS ?= $(ARM_KERNEL_TESTS) tests/model/test_kernels.py tests/arm64
@@ -35,6 +35,18 @@ test-arm64-kernels: ## the quick part of test-arm64: KleidiAI's packing and prod
 
 test-resilience: setup ## kill the whole pipeline at ten random moments and compare what it builds
 	@$(RUN) -m pytest tests/resilience $(ARGS)
+
+test-lambda: setup ## AWS Lambda's handler in AWS's emulator, its template through AWS's transformation
+	@$(RUN) -m pip install --quiet --requirement requirements/lambda.txt --requirement requirements/lambda-tests.txt \
+		--constraint requirements/linux-$(shell uname -m).txt
+	@$(RUN) -m pip install --quiet --no-deps --requirement requirements/lambda-tools.txt
+	@$(RUN) -m pytest tests/lambda_ $(ARGS)
+
+FUNCTION := build/arm64/function.tar
+test-lambda-arm64: setup ## a build for Graviton 2, served by Lambda's handler on emulated Neoverse N1 without /sys (needs root)
+	@mkdir -p build/arm64
+	@tests/arm64/run.sh max python3 -m tests.arm64.lambda_function build >$(FUNCTION)
+	@tests/arm64/run.sh --without-sys neoverse-n1 python3 -m tests.arm64.lambda_function answer <$(FUNCTION)
 
 lint: setup ## check style and types
 	@$(RUN) -m ruff check .
