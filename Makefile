@@ -37,6 +37,18 @@ test-arm64-kernels: ## the quick part of test-arm64: KleidiAI's packing and prod
 test-resilience: setup ## kill the whole pipeline at ten random moments and compare what it builds
 	@$(RUN) -m pytest tests/resilience $(ARGS)
 
+test-lambda: setup ## AWS Lambda's handler in AWS's emulator, its template through AWS's transformation
+	@$(RUN) -m pip install --quiet --requirement requirements/lambda.txt --requirement requirements/lambda-tests.txt \
+		--constraint requirements/linux-$(shell uname -m).txt
+	@$(RUN) -m pip install --quiet --no-deps --requirement requirements/lambda-tools.txt
+	@$(RUN) -m pytest tests/lambda_ $(ARGS)
+
+FUNCTION := build/arm64/function.tar
+test-lambda-arm64: setup ## a build for Graviton 2, served by Lambda's handler on emulated Neoverse N1 without /sys (needs root)
+	@mkdir -p build/arm64
+	@tests/arm64/run.sh max python3 -m tests.arm64.lambda_function build >$(FUNCTION)
+	@tests/arm64/run.sh --without-sys neoverse-n1 python3 -m tests.arm64.lambda_function answer <$(FUNCTION)
+
 lint: setup ## check style and types
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .

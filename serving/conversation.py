@@ -38,12 +38,11 @@ DROP_SECONDS = 30.0
 
 
 class Conversation:
-    """Answers a client's messages, each within `seconds` of now."""
+    """Answers a client's message, until some time of `time.monotonic` at most."""
 
-    def __init__(self, service: Service, frames: Frames, client: str, seconds: float) -> None:
-        self._service, self._frames, self._client = service, frames, client
+    def __init__(self, service: Service, frames: Frames, client: str, until: float) -> None:
+        self._service, self._frames, self._client, self._until = service, frames, client, until
         self._energy = EnergyModel(service.settings.grams_per_kwh)
-        self._seconds, self._deadline = seconds, time.monotonic() + seconds
 
     def take(self, message: object) -> None:
         """Does what a message asks, up to the frame that ends it. Raises GoneError or UnsentError."""
@@ -72,7 +71,8 @@ class Conversation:
         turns = request.conversation(self._service.settings)
         LOG.info("%s: %s", self._client, veiled(turns[-1]["content"], self._service.settings))
         inbox: SimpleQueue[Piece | Exception] = SimpleQueue()
-        ticket = Ticket(request.sampling(self._service.settings), self._client, self._seconds, inbox.put)
+        left = self._until - time.monotonic()
+        ticket = Ticket(request.sampling(self._service.settings), self._client, left, inbox.put)
         outcome = "abort"
         try:
             origin = self._origin(ticket, request)
@@ -117,7 +117,7 @@ class Conversation:
                 self._tell_progress()
 
     def _tell_progress(self) -> None:
-        if time.monotonic() > self._deadline:
+        if time.monotonic() > self._until:
             raise LoadingError(f"the model is still loading ({self._service.progress:.0%}); try again in a moment")
         self._frames.send("loading", progress=round(self._service.progress, 3))
 

@@ -22,7 +22,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,7 +34,7 @@ from serving.errors import error_body
 from serving.keys import key_bytes, key_name, presented_key
 from serving.prologue import model_id, read_prologue
 from serving.settings import Settings
-from serving.websocket import GATEWAY_SECONDS, NAME_CHARACTERS, Frames, GoneError, Poster, UnsentError, allowance, named
+from serving.websocket import GATEWAY_SECONDS, Frames, GoneError, Poster, UnsentError, allowance, named
 
 if TYPE_CHECKING:
     from serving.service import Service
@@ -45,6 +45,7 @@ LOADING_SECONDS = 20.0
 BEAT_SECONDS = 1.0
 PROTOCOL, KEY_PREFIX = "emerald", "emerald.key."
 """Browsers cannot set headers on a WebSocket: they offer these two as its subprotocols, the key behind the prefix."""
+BROKEN = "something went wrong on the server; its log says what"
 LATE = "the server is still starting; try again in a moment"
 Answer = dict[str, Any]
 
@@ -87,7 +88,7 @@ class Environment:
             return _refused(503, LATE)
         except Exception:
             LOG.exception("an event failed")
-            return _refused(500, "something went wrong on the server; its log says what")
+            return _refused(500, BROKEN)
 
     def settle(self) -> None:
         """Waits until the model is loaded: init that becomes a snapshot, or is paid for in advance, ends with it."""
@@ -126,19 +127,17 @@ class Environment:
                 return self._connect(event)
             case "DISCONNECT" | "$disconnect":
                 return {"statusCode": 200}  # a reply that it concerns is not in this process, which is free
-        missing = [
-            name for name in ("apiId", "connectionId", "requestId", "stage") if not isinstance(around.get(name), str)
-        ]
+        missing = [name for name in ("apiId", "connectionId", "requestId", "stage") if not named(around.get(name))]
         if missing:
-            raise EventError(f"this WebSocket event has no text as its {missing[0]}")
+            raise EventError(f"this WebSocket event has no {missing[0]} as API Gateway writes it")
         client = f"connection {around['connectionId'][:16]}"
         message = _message(event)
         own = message.get("id") if isinstance(message, dict) else ""
-        frames = Frames(self._poster.to(around), str(own) if named(own) else around["requestId"][:NAME_CHARACTERS])
+        frames = Frames(self._poster.to(around), str(own) if named(own) else around["requestId"])
         try:
             awaited = event.get("invocation") != "Event"
             seconds = allowance(self.settings.reply_seconds, context.get_remaining_time_in_millis(), awaited=awaited)
-            self._converse(message, frames, client, seconds)
+            self._converse(message, frames, client, time.monotonic() + seconds)
         except GoneError:
             LOG.info("%s: the client has left", client)
             return {"statusCode": 410}
@@ -158,38 +157,29 @@ class Environment:
             return {"statusCode": 401}
         return {"statusCode": 200, **chosen}
 
-    def _converse(self, message: object, frames: Frames, client: str, seconds: float) -> None:
+    def _converse(self, message: object, frames: Frames, client: str, until: float) -> None:
         if message in ({"action": "prologue"}, {"action": "prologue", "id": frames.request}):
             self._show_prologue(frames)
-        try:
-            service = self._service(frames, seconds)
-        except TimeoutError:
+        while not wait([self._begun], BEAT_SECONDS).done and time.monotonic() < until:
+            frames.send("loading", progress=0.0)
+        if not self._begun.done():
             frames.send("error", status=503, **error_body(503, LATE), retry_after=1)
-            return
-        from serving.conversation import Conversation
+        elif self._begun.exception():  # which the log has
+            frames.send("error", status=500, **error_body(500, BROKEN))
+        else:
+            from serving.conversation import Conversation
 
-        Conversation(service, frames, client, seconds).take(message)
-
-    def _service(self, frames: Frames, seconds: float) -> "Service":
-        """The service, once torch has been imported; TimeoutError if that takes longer."""
-        until = time.monotonic() + seconds
-        while True:
-            try:
-                return self._begun.result(BEAT_SECONDS)
-            except TimeoutError:
-                if time.monotonic() > until:
-                    raise
-                frames.send("loading", progress=0.0)
+            Conversation(self._begun.result(), frames, client, until).take(message)
 
     def _show_prologue(self, frames: Frames) -> None:
         """One frame for what surrounds the scenes and one for each, as each has to fit a frame."""
         build = Path(self.settings.build)
         try:
-            shown = read_prologue(build)
+            shown, model = read_prologue(build), model_id(build)
         except InputError:  # which is why the service will not load, and it says so
             return
         title, scenes = shown["prologue"]["title"], shown["prologue"]["scenes"]
-        frames.send("prologue", persona=shown["persona"], title=title, scenes=len(scenes), model=model_id(build))
+        frames.send("prologue", persona=shown["persona"], title=title, scenes=len(scenes), model=model)
         for scene in scenes:
             frames.send("scene", scene=scene)
 
