@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
-import torch
-
 from model.engine import Engine, Piece
 from model.errors import InputError
+from model.threads import use_threads
 from model.tokenizer import Message
 from serving.answer import Origin, Storyteller, spoken
 from serving.scheduler import ClosingError, QueueFullError, Scheduler, Ticket
@@ -52,7 +51,7 @@ class Service:
         """The ready answers; before the model."""
         self.scheduler: Scheduler | None = None
         """The model; None until it is loaded."""
-        self._lookups = ThreadPoolExecutor(1, "lookup", torch.set_num_threads, (1,))  # beside the model's threads
+        self._lookups = ThreadPoolExecutor(1, "lookup", use_threads, (1,))  # beside the model's threads
         self._places = threading.BoundedSemaphore(settings.waiting_max + settings.running_max)
         self._loading = threading.Thread(target=self._load, name="load", daemon=True)
 
