@@ -66,8 +66,8 @@ ENV PATH=/opt/emerald/bin:$PATH \
 WORKDIR /emerald
 USER 10001:10001
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["python", "-S", "-c", \
-    "import http.client, os, sys; server = http.client.HTTPConnection('127.0.0.1', int(os.environ['PORT']), timeout=4); server.request('GET', '/health/ready'); sys.exit(server.getresponse().status != 200)"]
+HEALTHCHECK --interval=10s --timeout=15s --start-period=120s --retries=3 CMD ["python", "-S", "-c", \
+    "import http.client, os, sys; server = http.client.HTTPConnection('127.0.0.1', int(os.environ['PORT']), timeout=10); server.request('GET', '/health/ready'); sys.exit(server.getresponse().status != 200)"]
 # 143 is a server that was asked to end, and did.
 ENTRYPOINT ["tini", "-e", "143", "--"]
 CMD ["python", "-m", "serving", "serve"]
