@@ -75,7 +75,7 @@ def verify(options: argparse.Namespace) -> int:
     digest = options.image.partition("@")[2]
     with engine() as client:
         image = pull(client, options.image, None) if digest else local_image(client, options.image)
-        verdict = verify_image(client, image, digest or None, emulated=options.emulated, patience=options.patience)
+        verdict = verify_image(client, image, digest or None, cpuinfo=options.emulated, patience=options.patience)
     for check in verdict.checks:
         say(f"  {'pass' if check.passed else 'FAIL'}  {check}")
     for reason in verdict.reasons:
@@ -147,7 +147,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_build_options(chosen[build])
     chosen[verify].add_argument("image", help="a local image, or REPOSITORY@sha256:… to be pulled anew")
     chosen[verify].add_argument("--report", type=Path, metavar="FILE", help="where to write every check, as JSON")
-    chosen[verify].add_argument("--emulated", action="store_true", help="run another architecture's image, emulated")
+    chosen[verify].add_argument(
+        "--emulated",
+        type=Path,
+        metavar="CPUINFO",
+        help="run another architecture's image, emulated, with this file as /proc/cpuinfo",
+    )
     chosen[verify].add_argument(
         "--patience", type=float, default=600, metavar="SECONDS", help="how long loading may take (default: 600)"
     )

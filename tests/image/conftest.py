@@ -28,7 +28,8 @@ from tests.serving.server import free_port
 
 ARGUMENTS = shlex.split(os.environ.get("EMERALD_IMAGE_ARGUMENTS", ""))
 """What building an image needs on this machine."""
-EMULATED = ["--emulated"] if "--platform" in ARGUMENTS else []
+EMULATED = ["--emulated", os.environ["EMERALD_IMAGE_CPUINFO"]] if "EMERALD_IMAGE_CPUINFO" in os.environ else []
+"""What verifying one needs, where its architecture is emulated."""
 NAME, PASSWORD = "anne", "secret word"
 HTPASSWD = "anne:$2y$05$abcdefghijklmnopqrstuu1C7yeI3ZG3Jm.nHdnKkGJg1xTYKP9Oy"
 """That password, by bcrypt, as htpasswd writes it."""

@@ -3,11 +3,11 @@
 #
 #     tests/image/engine.sh amd64 .venv/bin/python -m pytest tests/image        (arm64: emulated on an x86-64 machine)
 #
-# Where an engine answers, the command gets that one, and images are built on the Dockerfile's own base. Elsewhere Debian's
-# packages become an engine of this run alone, with its data in build/docker and its socket in a new folder, stopped when
-# the command ends. It knows no hub, so the base is made here too, by debootstrap, once. Such machines often reach package
-# indexes by ways of their own (proxies, certificates, mirrors): pip of this machine, which knows them, brings the wheels
-# into the image in which packages are installed, and nothing of that is in the image that is built.
+# Where an engine answers, the command gets that one, and images are built on the Dockerfile's own base. Elsewhere
+# Debian's packages become an engine of this run alone, with its data in build/docker and its socket in a new folder,
+# stopped when the command ends. It knows no hub, so the base is made here too, by debootstrap, once. Such machines often
+# reach package indexes by ways of their own (proxies, certificates, mirrors): pip of this machine, which knows them,
+# brings the wheels into the image in which packages are installed, and nothing of that is in the image that is built.
 #
 # The command finds DOCKER_HOST, and in EMERALD_IMAGE_ARGUMENTS what "python -m pipeline.image build" needs here.
 set -euo pipefail
