@@ -22,9 +22,28 @@ chat: setup ## talk to the storyteller in the terminal
 serve: setup ## serve the OpenAI-compatible HTTP interface on HOST and PORT
 	@EMERALD_BUILD=$${EMERALD_BUILD:-build/$(CONFIG)} $(RUN) -m serving serve
 
+image: setup ## build the serving image of build/CONFIG and verify it (needs Docker)
+	@$(RUN) -m pipeline run --config $(CONFIG)
+	@$(RUN) -m pipeline.image build --build build/$(CONFIG) $(ARGS)
+	@$(RUN) -m pipeline.image verify emerald:$(CONFIG) --report build/$(CONFIG)/image.json
+
+run-image: ## serve from the image on http://127.0.0.1:8000, as strictly as it can be run (PORT=8000)
+	@command -v docker >/dev/null || { echo "error: no docker command: install Docker" >&2; exit 2; }
+	@docker image inspect emerald:$(CONFIG) >/dev/null || { echo "error: start Docker, then run make image" >&2; exit 2; }
+	@docker run --rm --read-only --cap-drop ALL --security-opt no-new-privileges \
+		--publish 127.0.0.1:$${PORT:-8000}:8000 emerald:$(CONFIG)
+
 APART := browser image lambda_ resilience tasks workflows # what takes long or needs more has a target of its own
 test: setup ## run the tests (about a quarter of an hour on 2 cores)
 	@$(RUN) -m pytest tests $(foreach folder,$(APART),--ignore=tests/$(folder)) $(ARGS)
+
+test-image: setup ## build, spoil, push, promote and roll back the image; starts an engine of its own if there is none (root)
+	@$(RUN) -m pipeline run export certify_cache
+	@tests/image/engine.sh $(if $(filter aarch64,$(shell uname -m)),arm64,amd64) $(RUN) -m pytest tests/image $(ARGS)
+
+test-image-arm64: setup ## the same image on emulated Arm: built, verified, asked through KleidiAI (needs root; an hour)
+	@$(RUN) -m pipeline run export certify_cache
+	@tests/image/arm64.sh
 
 ARM_KERNEL_TESTS := tests/model/test_int4_linear.py tests/model/test_cpu.py
 ARM_TESTS ?= $(ARM_KERNEL_TESTS) tests/model/test_kernels.py tests/arm64
