@@ -28,6 +28,7 @@ def drawn():
 def restored(runs_hooks):
     reading, writing = os.pipe()
     if os.fork() == 0:
+        random.setstate(state)  # which Python seeds anew in a fork, and not in a restored snapshot
         if runs_hooks:
             hooks.run_after_restore()
         os.write(writing, json.dumps(drawn()).encode())
@@ -37,6 +38,7 @@ def restored(runs_hooks):
         return json.load(pipe)
 
 hooks.run_before_snapshot()
+state = random.getstate()
 print(json.dumps({"loaded": entry.ENVIRONMENT._begun.result().progress,
                   "without": [restored(False), restored(False)], "with": [restored(True), restored(True)]}))
 """
