@@ -10,7 +10,7 @@ from typing import Any
 
 import docker
 import requests
-from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.errors import APIError, DockerException, ImageNotFound
 from docker.models.images import Image
 
 from model.errors import InputError
@@ -90,6 +90,3 @@ def say_steps(events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if step.startswith("Step "):
             say(f"  {step.strip()[:110]}")
         yield event
-
-
-__all__ = ["NotFound", "engine", "explained", "local_image", "machine", "say_steps", "told"]

@@ -130,6 +130,7 @@ def test_a_forged_certificate_is_found(changed: Change, tmp_path: Path, build: P
         ("LABEL emerald.model=another/model", "labels that say otherwise than what is inside"),
         ("ENV LD_PRELOAD=", "allocator is tcmalloc"),
         ("ENV HOST=127.0.0.2", "ready, first start"),
+        ("ENV PORT=none", "ready, first start"),
         ("VOLUME /data\nVOLUME /tmp\nUSER 0\nRUN chmod 777 /tmp\nUSER 10001:10001", "folders that can be written to"),
     ],
 )
