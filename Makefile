@@ -127,7 +127,7 @@ lint-workflows: setup ## the workflows: schema, actionlint, zizmor, shellcheck, 
 
 test-workflows: setup ## execute the workflows with act, from push to promotion, and with defects planted (needs Docker, root)
 	@$(WORKFLOW_TOOLS)
-	@$(RUN) -m pytest tests/workflows $(ARGS)
+	@tests/image/engine.sh $(if $(filter aarch64,$(shell uname -m)),arm64,amd64) $(RUN) -m pytest tests/workflows $(ARGS)
 
 bench-torchchat: setup ## the real torchchat beside us; TORCHCHAT_DIR=path of a checkout
 	@$(RUN) -m pipeline run export --config $(CONFIG)

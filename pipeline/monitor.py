@@ -1,9 +1,9 @@
 """The published image as its users get it: python -m pipeline.monitor check | tell.
 
-`check` pulls what a tag names today, runs every check of `python -m pipeline.image verify` on it, and compares how fast it
-speaks with what its latency gate measured when it was built. `tell` opens, renews or closes the one issue about it. So a
-registry that lost a layer, a certificate that no longer fits, a base that was swapped or a runner generation that halves
-the speed is found by the maintainer before it is found by a visitor.
+`check` pulls what a tag names today, runs every check of `python -m pipeline.image verify` on it, and compares how fast
+it speaks with what its latency gate measured when it was built. `tell` opens, renews or closes the one issue about it.
+So a registry that lost a layer, a certificate that no longer fits, a base that was swapped or a generation of runners
+that halves the speed is found by the maintainer before it is found by a visitor.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pipeline.verdict import Check, write_report
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 SPEED_SHARE_MIN = 0.5
-"""Of the decode speed at the gate. Runners are shared and differ; a program that fell back to a slow path loses more."""
+"""Of the decode speed at the gate. Runners are shared and differ; a program that took a slow path loses more."""
 LABEL, TITLE = "canary", "The published image does not pass its checks"
 
 
@@ -48,7 +48,7 @@ def check(options: argparse.Namespace) -> int:
         raise InputError(f"{options.image}: the registry has no such tag; promote an image to it first")
     with engine() as client:
         image = pull(client, f"{name}@{digest}", None)
-        verdict = verify(client, image, digest, emulated=False, patience=options.patience)
+        verdict = verify(client, image, digest, cpuinfo=None, patience=options.patience)
         gate = read_contents(client, image).json("build/reports/latency.json")
     compare_speed(verdict, gate)
     write_report(options.report, "canary", verdict.checks, reasons=verdict.reasons, image=options.image, digest=digest)
@@ -62,11 +62,10 @@ def check(options: argparse.Namespace) -> int:
 
 def compare_speed(verdict: Verdict, gate: dict[str, Any]) -> None:
     """Adds the check of decode speed against what the latency gate measured, in tokens per second."""
-    answers = verdict.facts.get("answers", {})
-    if "miss" not in answers:
-        return  # it never was ready, which is a check that failed already
+    now = verdict.facts.get("answers", {}).get("miss", {}).get("tokens_per_second")
+    if now is None:
+        return  # it never was ready or said nothing, which is a check that failed already
     then = gate["decode_tokens_per_s"]
-    now = answers["miss"]["tokens_per_second"]
     verdict.checks.append(
         Check(name="decode speed, share of its gate's", value=now / then, limit=SPEED_SHARE_MIN, bound="at least")
     )

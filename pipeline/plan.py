@@ -94,7 +94,8 @@ def planned(asked: Asked) -> Plan:
 
 
 def _settings(asked: Asked) -> str:
-    chosen = [f"export.cpu={asked.variables.get('EMERALD_CPU') or DEFAULT_CPU}"]
+    cpu = asked.variables.get("EMERALD_CPU") or DEFAULT_CPU
+    chosen = [f"export.cpu={cpu}", f"export_embedder.cpu={cpu}"]
     chosen.append(asked.variables.get("EMERALD_SETTINGS", ""))
     if model := asked.inputs.get("model"):
         chosen += [f"fetch.source=hub:{model}", f"fetch.model_id={str(model).partition('@')[0]}", "fetch.sha256=none"]

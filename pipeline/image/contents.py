@@ -97,6 +97,7 @@ def _inside(*folders: str) -> Iterator[str]:
     for folder in folders:
         yield f"build/{folder}/manifest.json"
     yield "build/cache/entries.json"
+    yield "build/reports/latency.json"
 
 
 @contextmanager

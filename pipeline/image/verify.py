@@ -199,7 +199,12 @@ def _converse(session: Session, contents: Contents, verdict: Verdict) -> None:
     asked |= {"hit, streamed": {**hit, "stream": True}, "miss, streamed": {**miss, "stream": True}}
     answers = {answer["name"]: answer for answer in session.probe("ask", asked)}
     verdict.facts["answers"] = {
-        name: {"seconds": answer["seconds"], "text": said(answer)} for name, answer in answers.items()
+        name: {
+            "seconds": answer["seconds"],
+            "tokens_per_second": ((answer["body"] or {}).get("timings") or {}).get("tokens_per_second"),
+            "text": said(answer),
+        }
+        for name, answer in answers.items()
     }
     for name in ("hit", "hit, streamed"):
         answer = answers[name]

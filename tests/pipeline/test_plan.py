@@ -69,8 +69,10 @@ def test_a_dispatch_may_leave_the_image_where_it_was_built() -> None:
 
 
 def test_programs_are_for_every_arm_server_unless_the_repository_says_otherwise() -> None:
-    assert planned(asked()).settings == "export.cpu=aarch64"
-    assert planned(asked(variables={"EMERALD_CPU": "native"})).settings == "export.cpu=native"
+    assert planned(asked()).settings == "export.cpu=aarch64; export_embedder.cpu=aarch64"
+    assert (
+        planned(asked(variables={"EMERALD_CPU": "native"})).settings == "export.cpu=native; export_embedder.cpu=native"
+    )
 
 
 def test_inputs_become_settings_of_the_configuration() -> None:
@@ -130,7 +132,7 @@ def test_outputs_and_summary_as_github_reads_them(monkeypatch: pytest.MonkeyPatc
     outputs = dict(line.split("=", 1) for line in (tmp_path / "output").read_text().splitlines())
     assert outputs == {
         "config": "embedded",
-        "settings": "export.cpu=aarch64",
+        "settings": "export.cpu=aarch64; export_embedder.cpu=aarch64",
         "push": "true",
         "repository": "docker.io/dorothy/emerald",
         "registry": "docker.io",

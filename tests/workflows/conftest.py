@@ -11,13 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.image.conftest import NAME, PASSWORD, Registry, registry_at
 
 ACT = Path(sys.executable).with_name("act")
 ACTIONS = Path(__file__).parent / "actions"
@@ -50,7 +51,6 @@ class Fork:
 
     tree: Path
     store: Path
-    environment: Mapping[str, str]
     variables: dict[str, str] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)
 
@@ -65,6 +65,14 @@ class Fork:
         assert old in text, f"{file} holds no {old!r}"
         (self.tree / file).write_text(text.replace(old, new), encoding="utf-8")
         self.commit(f"Edit {file}")
+
+    def tamper(self, prefix: str, file: str, old: str, new: str) -> None:
+        """Changes a file of what is kept under a key that begins so."""
+        for kept in self.store.glob(f"caches/{prefix}-*"):
+            text = (kept / file).read_text(encoding="utf-8")
+            assert old in text
+            (kept / file).unlink()  # other forks share its bytes
+            (kept / file).write_text(text.replace(old, new), encoding="utf-8")
 
     def log(self) -> list[str]:
         """What the forge was asked for since the last time: "saved KEY", "restored KEY", "logged in"."""
@@ -91,13 +99,13 @@ class Fork:
         for option, values in (("--var", self.variables), ("--secret", self.secrets), ("--input", inputs or {})):
             for name, value in values.items():
                 command += [option, f"{name}={value}"]
-        given = {"EMERALD_TEST_STORE": str(self.store), "EMERALD_TEST_VENV": sys.prefix, **self.environment}
+        given = {"EMERALD_TEST_STORE": str(self.store), "EMERALD_TEST_VENV": sys.prefix}
+        given |= {"DOCKER_CONFIG": str(self.store / "docker"), "DOCKER_HOST": os.environ["DOCKER_HOST"]}
         for name, value in given.items():
             command += ["--env", f"{name}={value}"]
         done = subprocess.run(
             command,
             cwd=self.tree,
-            env={**os.environ, **self.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -119,8 +127,36 @@ def jobs_of(log: str) -> dict[str, bool]:
     return {name.removeprefix("pipeline/").replace(".yml", "").strip(): how == "succeeded" for name, how in found}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """Somebody's place in a registry."""
+
+    registry: Registry
+
+    @property
+    def repository(self) -> str:
+        return self.registry.repository
+
+    def tags(self) -> dict[str, str]:
+        """{tag: digest} of what is promoted; candidates and records of promotions are left out."""
+        found = self.registry.tags().items()
+        return {name: digest for name, digest in found if not re.search("candidate|-promoted-|-returned-", name)}
+
+    def layers(self, digest: str) -> dict[str, int]:
+        """{digest: bytes} of an image's layers."""
+        blob = self.registry.data / f"docker/registry/v2/blobs/sha256/{digest[7:9]}/{digest[7:]}/data"
+        return {layer["digest"]: layer["size"] for layer in json.loads(blob.read_text())["layers"]}
+
+
 @pytest.fixture(scope="session")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
+    """A registry that asks for a password."""
+    with registry_at(tmp_path_factory.mktemp("registry"), password=True) as served:
+        yield Account(registry=served)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This tree as git has it or would add it, committed, with no history."""
     tree = tmp_path_factory.mktemp("fork") / "tree"
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -132,8 +168,30 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
-def read_json_lines(lines: list[str]) -> list[dict[str, object]]:
-    return [json.loads(line) for line in lines]
+@pytest.fixture(scope="session")
+def built(tree: Path, tmp_path_factory: pytest.TempPathFactory, account: Account) -> tuple[Fork, Ran]:
+    """A fresh fork without a secret, and its first push, which builds all there is to build."""
+    folder = tmp_path_factory.mktemp("forge")
+    fork = make_fork(tree, folder)
+    return fork, fork.run()
 
 
-MakeFork = Callable[[], Fork]
+@pytest.fixture
+def fork(built: tuple[Fork, Ran], tree: Path, tmp_path: Path, account: Account) -> Fork:
+    """A fork with credentials, after its first push: what that has built is kept."""
+    made = make_fork(tree, tmp_path)
+    subprocess.run(["cp", "-al", str(built[0].store / "caches"), str(made.store)], check=True)
+    made.variables |= {"DOCKERHUB_USERNAME": NAME, "EMERALD_IMAGE": account.repository}
+    made.secrets["DOCKERHUB_TOKEN"] = PASSWORD
+    return made
+
+
+def make_fork(tree: Path, folder: Path) -> Fork:
+    """A copy of the tree, on a forge that knows nothing of it yet."""
+    store = folder / "store"
+    store.mkdir()
+    made = Fork(tree=shutil.copytree(tree, folder / "tree"), store=store)
+    made.variables["EMERALD_CPU"] = "native"
+    made.variables["EMERALD_IMAGE_ARGUMENTS"] = os.environ.get("EMERALD_IMAGE_ARGUMENTS", "")
+    made.commit("All that there is")
+    return made

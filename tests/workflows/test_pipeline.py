@@ -4,27 +4,24 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
-from tests.workflows.conftest import Account, Fork, read_json_lines
+from tests.workflows.conftest import Account, Fork, Ran
 
 ANSWER = Path("cache_data/entries/app.yaml")
-ALL_JOBS = {
-    "plan", "weights/quantize", "cache/certify", "gates/judge", "image/build", "image/verify", "image/promote", "pipeline",
-}  # fmt: skip
+LARGE = 20_000_000
+"""Bytes of a layer that no edited answer may send again."""
+PUSHING = {"image/verify", "image/promote"}
+ALL_JOBS = {"plan", "weights/quantize", "cache/certify", "gates/judge", "image/build", "pipeline", *PUSHING}
 
 
-def test_a_fresh_fork_without_a_secret_is_green_and_pushes_nothing(unbuilt: Fork, account: Account) -> None:
-    ran = unbuilt.run()
+def test_a_fresh_fork_without_a_secret_is_green_and_pushes_nothing(built: tuple[Fork, Ran], account: Account) -> None:
+    fresh, ran = built
     ran.require_green()
-    assert ran.jobs.keys() == ALL_JOBS - {"image/verify", "image/promote"}
+    assert ran.jobs.keys() == ALL_JOBS - PUSHING
     assert account.tags() == {}
-    assert "logged in" not in unbuilt.log()
+    assert "logged in" not in fresh.log()
     for name in ("DOCKERHUB_TOKEN", "DOCKERHUB_USERNAME", "HF_TOKEN"):
         assert re.search(rf"not set \| (secret|variable) `{name}`", ran.log)
     assert "Emerald: all gates passed" in ran.log
-    for summary in ran.summaries:
-        assert len(summary.encode()) < 1 << 20
 
 
 def test_a_push_promotes_the_digest_that_was_verified(fork: Fork, account: Account) -> None:
@@ -34,7 +31,7 @@ def test_a_push_promotes_the_digest_that_was_verified(fork: Fork, account: Accou
     assert ran.jobs.keys() == ALL_JOBS
     digest = account.tags()["latest"]
     assert digest != before.get("latest")
-    attested = read_json_lines(fork.lines("attested"))
+    attested = [json.loads(line) for line in fork.lines("attested")]
     assert {one["subject"] for one in attested} == {f"{account.repository}@{digest}"}
     assert [one["type"] for one in attested] == [
         "https://github.com/nektos/act/verdicts/v1", "https://spdx.dev/Document/v2.3", "https://slsa.dev/provenance/v1",
@@ -58,7 +55,7 @@ def test_the_same_push_again_builds_and_uploads_nothing_new(fork: Fork, account:
 
 def test_an_edited_answer_gets_a_new_image_and_no_new_weights(fork: Fork, account: Account) -> None:
     fork.run().require_green()
-    before, weights = account.tags()["latest"], account.layers("weights")
+    before = account.tags()["latest"]
     fork.log()
     text = (fork.tree / ANSWER).read_text(encoding="utf-8")
     answer = re.search(r"^  answer: (?!\|)(.+)$", text, re.MULTILINE)
@@ -70,31 +67,27 @@ def test_an_edited_answer_gets_a_new_image_and_no_new_weights(fork: Fork, accoun
     assert "restored weights" in said and "saved weights" not in said
     assert "saved answers" in said
     assert not re.search(r"\bquantize\b.*\bran\b", ran.log)
-    assert account.tags()["latest"] != before
-    assert account.layers("weights") == weights
+    after = account.tags()["latest"]
+    assert after != before
+    large = {digest for digest, size in account.layers(before).items() if size > LARGE}
+    assert len(large) >= 2  # weights, Python packages
+    assert large <= account.layers(after).keys()
 
 
-@pytest.mark.parametrize(
-    ("settings", "check"),
-    [
-        ("quantize.method=search; quantize.scheme=int4-channel", "mean KL divergence"),  # bad weights, honestly made
-    ],
-)
-def test_bad_weights_stop_it(fork: Fork, account: Account, settings: str, check: str) -> None:
+def test_bad_weights_stop_it(fork: Fork, account: Account) -> None:
+    """Rounded by a recipe that is too coarse for this model."""
     before = account.tags()
+    settings = "quantize.method=search; quantize.scheme=int4-channel"
     ran = fork.run("workflow_dispatch", {"settings": settings, "config": "embedded", "push": "true", "tag": "latest"})
     ran.require_red("weights/quantize")
-    assert re.search(rf"gate gate_quality failed: {check}", ran.log)
+    assert "gate gate_quality failed: mean KL divergence" in ran.log
     assert account.tags() == before
 
 
 def test_a_slow_program_stops_it(fork: Fork, account: Account) -> None:
     before = account.tags()
-    fork.edit(
-        "model/program.py",
-        "        return self._run_layer([",
-        "        __import__('time').sleep(0.02)\n        return self._run_layer([",
-    )
+    layer = "            x_TD = self._model.layer(index, x_TD, place, cache)\n"
+    fork.edit("model/engine.py", layer, layer + "            __import__('time').sleep(0.01)\n")
     ran = fork.run()
     ran.require_red("gates/judge")
     assert "gate gate_latency failed: decode speedup" in ran.log
@@ -139,10 +132,10 @@ def test_another_digest_between_push_and_promotion_stops_it(fork: Fork, account:
 
 def test_a_missing_licence_stops_it(fork: Fork, account: Account) -> None:
     before = account.tags()
-    fork.without_licence()
+    fork.edit("Dockerfile", "WORKDIR /emerald\n", "RUN rm -rf /emerald/licences\nWORKDIR /emerald\n")
     ran = fork.run()
-    assert ran.code != 0 and not ran.jobs["pipeline"]
-    assert re.search(r"licence", ran.log, re.IGNORECASE)
+    ran.require_red("image/build")
+    assert "missing of what the model's licence asks for" in ran.log
     assert account.tags() == before
 
 
