@@ -53,6 +53,10 @@ test-arm64: setup ## kernels, packing, export and engine on emulated Arm, with i
 test-arm64-kernels: ## the quick part of test-arm64: KleidiAI's packing and products
 	@$(MAKE) --no-print-directory test-arm64 ARM_TESTS="$(ARM_KERNEL_TESTS)"
 
+loadtest: setup ## 64 clients for ten minutes, a fifth hanging up, then random arrivals; ARGS="--clients 16 --seconds 60"
+	@$(RUN) -m pipeline run export certify_cache --config $(CONFIG)
+	@$(RUN) -m pipeline.loadtest --build build/$(CONFIG) $(ARGS)
+
 test-resilience: setup ## kill the whole pipeline at ten random moments and compare what it builds
 	@$(RUN) -m pytest tests/resilience $(ARGS)
 
@@ -92,6 +96,10 @@ bench-quality: setup ## our recipes beside torchao's and llama.cpp's int4, on th
 bench-cache: setup ## the cache's decision beside its peers', and what a lookup costs
 	@$(RUN) -m pipeline run certify_cache --config $(CONFIG) $(ARGS)
 	@$(RUN) -m pipeline.bench_cache --build build/$(CONFIG)
+
+bench-server: setup ## the server beside llama.cpp's and its own engine, ready answers, restart (first run builds llama.cpp)
+	@$(RUN) -m pipeline run export certify_cache --config $(CONFIG)
+	@$(RUN) -m pipeline.bench_server --config $(CONFIG) --build build/$(CONFIG) $(ARGS)
 
 bench-8b: setup ## quantize, export and serve at Llama 3.1 8B's size, with synthetic weights (40 GB of disk, half an hour)
 	@$(RUN) -m pipeline run fetch

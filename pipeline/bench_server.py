@@ -13,6 +13,7 @@ import asyncio
 import json
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ from pipeline.peer_server import llama_server
 from pipeline.progress import say
 from pipeline.server_process import HOST, ServerProcess, emerald
 from pipeline.sources import locate
+from pipeline.statistics import bootstrap
 
 CLIENTS = (1, 8, 64)
 SLOTS = 8
@@ -48,6 +50,8 @@ SLOTS = 8
 QUESTIONS = 32
 LOAD_SECONDS = 15.0
 REPLY_TOKENS = 128
+PAIRS = 40
+"""Replies by the server and by its engine, in turn."""
 HITS = 200
 READY_SECONDS = 120.0
 
@@ -72,7 +76,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     settings = {"EMERALD_THREADS": str(options.threads), "EMERALD_RUNNING": str(SLOTS)}
     open_ = {"EMERALD_WAITING": str(max(CLIENTS)), "EMERALD_SYSTEM_PROMPT": "true", "EMERALD_CONTEXTS": str(SLOTS)}
     with ExitStack() as stack:
-        ours = stack.enter_context(emerald(options.build, **settings, **open_))
+        ours = stack.enter_context(emerald(options.build, {**settings, **open_}))
         servers = {"emerald": ours}
         if options.gguf:
             servers["llama.cpp"] = stack.enter_context(
@@ -82,7 +86,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
             server.wait_until_ready(READY_SECONDS)
         together = _under_load(servers, persona, options.repetitions)
         say("one client beside the bare engine")
-        overhead = asyncio.run(_beside_engine(ours, engine, persona, 4 * options.repetitions))
+        overhead = _beside_engine(ours.port, engine, persona, PAIRS)
         say("ready answers")
         hits = asyncio.run(_hits(ours, options.build))
     say("killed under load and started again")
@@ -139,37 +143,56 @@ async def _round(load: Load, clients: int) -> dict[str, float]:
     }
 
 
-async def _beside_engine(server: ServerProcess, engine: Engine, persona: str, repetitions: int) -> dict[str, Any]:
+def _beside_engine(port: int, engine: Engine, persona: str, repetitions: int) -> dict[str, Any]:
     """Tokens per second after the first of one greedy reply: from the engine, and as a client of the server sees it."""
     messages = [{"role": "system", "content": persona}, {"role": "user", "content": "I walk to the gate and look up."}]
-    body = {"messages": messages, "temperature": 0, "max_tokens": REPLY_TOKENS, "stop": "no such text",
-            "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
-    prompt, connection = engine.tokenizer.encode_chat(messages), Target(HOST, server.port).connect()
+    body = {"messages": messages, "temperature": 0, "max_tokens": REPLY_TOKENS, "stop": "no such text", "stream": True}
+    prompt = engine.tokenizer.encode_chat(messages)
     sampling = Sampling(temperature=0, max_tokens=REPLY_TOKENS, stop=("no such text",))
     rows = []
     for _ in range(repetitions + 1):
-        alone, text, tokens = _alone(engine, prompt, sampling)
-        served = await connection.ask(CHAT, body)
-        if (served.text, served.tokens) != (text, tokens) or not served.tpot_s:
-            raise InputError(f"the server and its engine gave different replies: {served.text!r} and {text!r}")
-        rows.append((alone, 1 / served.tpot_s))
-    connection.close()
+        alone, text = _alone(engine, prompt, sampling)
+        served, said = _served(port, json.dumps(body).encode())
+        if said != text:
+            raise InputError(f"the server and its engine gave different replies: {said!r} and {text!r}")
+        rows.append((alone, served))
     rows = rows[1:]
+    overhead = bootstrap(lambda mean: 1 - mean[..., 1] / mean[..., 0], rows, confidence=0.95)
     return {
         "engine_tokens_s": spread([alone for alone, _ in rows]),
         "server_tokens_s": spread([served for _, served in rows]),
-        "overhead": spread([1 - served / alone for alone, served in rows]),
-        "tokens": tokens,
+        "overhead": overhead.rounded(4),
     }
 
 
-def _alone(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> tuple[float, str, int]:
-    """Tokens per second after the first, the text, and how many tokens it has."""
+def _alone(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> tuple[float, str]:
+    """Tokens per second after the first, and the text."""
     text, first, tokens = "", 0.0, 0
     for piece in engine.generate(prompt, sampling):
         first = first or time.perf_counter()
         text, tokens = text + piece.text, piece.tokens
-    return (tokens - 1) / (time.perf_counter() - first), text, tokens
+    return (tokens - 1) / (time.perf_counter() - first), text
+
+
+def _served(port: int, body: bytes) -> tuple[float, str]:
+    """The same of a streamed reply, by a client that only takes the time while it reads: it shares the processor."""
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
+    came: list[tuple[float, bytes]] = []
+    with socket.create_connection((HOST, port), timeout=READY_SECONDS) as connection:
+        connection.sendall(head % len(body) + body)
+        while not came or b"[DONE]" not in came[-1][1]:
+            received = connection.recv(1 << 16)
+            if not received:
+                raise InputError("the server closed the connection in the middle of its answer")
+            came.append((time.perf_counter(), received))
+    spoken = [at for at, received in came if b'"content": "' in received]
+    chunks = [
+        json.loads(line[6:]) for line in b"".join(part for _, part in came).split(b"\n") if line[:7] == b"data: {"
+    ]
+    text = "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
+    return (REPLY_TOKENS - 1) / (spoken[-1] - spoken[0]), text
 
 
 async def _hits(server: ServerProcess, build: Path) -> dict[str, Any]:
@@ -193,11 +216,11 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
 
 def _restart(build: Path, settings: Mapping[str, str]) -> dict[str, float]:
     """Seconds from starting the process to ready, after the one before was killed under load; and of `import torch`."""
-    with emerald(build, **settings) as server:
+    with emerald(build, settings) as server:
         server.wait_until_ready(READY_SECONDS)
         asyncio.run(_killed_under_load(server))
     start = time.perf_counter()
-    with emerald(build, server.port, **settings) as again:
+    with emerald(build, settings, server.port) as again:
         again.wait_until_ready(READY_SECONDS)
         ready = time.perf_counter() - start
     start = time.perf_counter()
@@ -224,8 +247,11 @@ def _print(result: Mapping[str, Any]) -> None:
             for key, value in one.items():
                 _row(f"{name}, {key}" if name != "ratio" else f"emerald / {key}, tokens_s", value)
     print("one client")
-    for key in ("engine_tokens_s", "server_tokens_s", "overhead"):
+    for key in ("engine_tokens_s", "server_tokens_s"):
         _row(key, result["one_client"][key])
+    print(
+        "  overhead {value:.1%} ({lower:.1%} to {upper:.1%}, 95 % bootstrap)".format(**result["one_client"]["overhead"])
+    )
     for tier, hit in result["cache_hit_ms"].items():
         print(f"  ready answer, {tier}, {hit['hits']} hits: p50 {hit['p50']} ms, p99 {hit['p99']} ms")
     for name, value in result["restart_s"].items():

@@ -153,9 +153,10 @@ def judge(outcome: Outcome, config: LoadConfig) -> list[Check]:
     }
     differing = [one for one in by_outcome["complete"] if one.exchange.text != outcome.alone[one.question].text]
     rude = [one for one in by_outcome["refused"] if not _says_when_to_return(one.exchange)]
+    gone = len(by_outcome["hung up"]) / max(1, len(by_outcome["hung up"]) + len(by_outcome["complete"]))
     checks = [
         _at_least("complete answers", len(by_outcome["complete"]), config.clients),
-        _at_least("share of requests hung up", len(by_outcome["hung up"]) / max(1, len(asked)), config.hang_up / 4),
+        _at_least("share of admitted requests hung up", gone, config.hang_up / 4),
         _at_most("answers unlike those given alone", len(differing)),
         _at_most("requests that failed", len(by_outcome["failed"])),
         _at_most("refusals that are no 429 with Retry-After", len(rude)),

@@ -104,12 +104,12 @@ def running(
 
 
 @contextmanager
-def emerald(build: Path, port: int | None = None, **settings: str) -> Iterator[ServerProcess]:
-    """Our own server on a build folder, by default on a free port, with environment variables as in the README."""
+def emerald(build: Path, settings: Mapping[str, str] | None = None, port: int | None = None) -> Iterator[ServerProcess]:
+    """Our own server on a build folder, by default on a free port; `settings` are environment variables."""
     for artifact in ("engine", "cache", "embedder"):
         Settings(build=str(build)).folder(artifact)
     port = port or free_port()
-    environment = {"EMERALD_BUILD": str(build.resolve()), "HOST": HOST, "PORT": str(port), **settings}
+    environment = {"EMERALD_BUILD": str(build.resolve()), "HOST": HOST, "PORT": str(port), **(settings or {})}
     with running([sys.executable, "-m", "serving", "serve"], port, "/health/ready", environment) as server:
         yield server
 

@@ -258,7 +258,7 @@ def test_a_faultless_server_passes() -> None:
     ("defect", "name"),
     [
         ({"closed": [Asked(0, Exchange(outcome="hung up"))], "opened": []}, "complete answers"),
-        ({"closed": [Asked(0, SAID)] * 9}, "share of requests hung up"),
+        ({"closed": [Asked(0, SAID)] * 9}, "share of admitted requests hung up"),
         (with_one(replace(SAID, text="I sea.")), "answers unlike those given alone"),
         (with_one(Exchange(outcome="failed", status=200)), "requests that failed"),
         (with_one(Exchange(outcome="refused", status=429)), "refusals that are no 429 with Retry-After"),
