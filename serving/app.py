@@ -50,7 +50,13 @@ SEND_SECONDS = 30.0
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": kind.replace("_", " ")} for status, kind in ERROR_TYPES.items()
 }
-STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+EVENT = {
+    "type": "object",
+    "description": "One of the stream's events: a chunk of the completion as JSON; the last one is [DONE].",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 T = TypeVar("T")
 
 

@@ -304,7 +304,10 @@ def _summary(tiny_build: Path, quality: Path, folder: Path, cache: Report, laten
         (folder / f"{name}.json").write_text(json.dumps(content))
     (folder / "built").mkdir()
     write_manifest(folder / "built", "cache", {"entries": 3, "phrasings": 24})
-    int4, quantization = tiny_build / "int4", tiny_build / "reports/quantization.json"
+    engine, quantization = folder / "engine", tiny_build / "reports/quantization.json"
+    shutil.copytree(tiny_build / "int4", engine)
+    facts = read(engine / "manifest.json")
+    write_manifest(engine, "engine", {name: facts[name] for name in ("model_id", "licence", "recipe", "bits_per_weight")})
     reports = (folder / "built", folder / "cache.json", quality, folder / "latency.json", folder / "savings.json")
-    report.run(ReportConfig(), int4, quantization, *reports, folder / "summary.md")
+    report.run(ReportConfig(), engine, quantization, *reports, folder / "summary.md")
     return (folder / "summary.md").read_text(encoding="utf-8")
