@@ -307,7 +307,9 @@ def _summary(tiny_build: Path, quality: Path, folder: Path, cache: Report, laten
     engine, quantization = folder / "engine", tiny_build / "reports/quantization.json"
     shutil.copytree(tiny_build / "int4", engine)
     facts = read(engine / "manifest.json")
-    write_manifest(engine, "engine", {name: facts[name] for name in ("model_id", "licence", "recipe", "bits_per_weight")})
+    write_manifest(
+        engine, "engine", {name: facts[name] for name in ("model_id", "licence", "recipe", "bits_per_weight")}
+    )
     reports = (folder / "built", folder / "cache.json", quality, folder / "latency.json", folder / "savings.json")
     report.run(ReportConfig(), engine, quantization, *reports, folder / "summary.md")
     return (folder / "summary.md").read_text(encoding="utf-8")
