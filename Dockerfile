@@ -27,6 +27,9 @@ RUN PIP_NO_COMPILE=1 PIP_NO_CACHE_DIR=1 python3 /setup/pipeline/install.py --ser
     && /opt/emerald/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/emerald/lib \
     && /opt/emerald/bin/python -c "import faiss, fastapi, tokenizers, torch, uvicorn, uvloop" \
     && find /opt/emerald -exec touch --no-dereference --date=@$SOURCE_DATE_EPOCH {} +
+# Copied as a part of a folder, it keeps its own date; named as the target, it would get that of the copy.
+RUN mkdir -p /packages/opt && mv /opt/emerald /packages/opt/ \
+    && touch --date=@$SOURCE_DATE_EPOCH /packages/opt
 
 
 FROM ${BASE} AS serve
@@ -46,7 +49,7 @@ RUN touch /before \
     && find / -xdev -newer /before ! -path '/proc*' ! -path '/sys*' ! -path '/dev*' \
         -exec touch --no-dereference --date=@$SOURCE_DATE_EPOCH {} + \
     && rm /before
-COPY --from=packages /opt/emerald /opt/emerald
+COPY --from=packages /packages /
 # Each below 2 GB, which registries and runners take without trouble; a small model leaves all but the first empty.
 ADD weights-1.tar /
 ADD weights-2.tar /
@@ -78,15 +81,15 @@ CMD ["python", "-m", "serving", "serve"]
 
 FROM packages AS lambda-packages
 RUN PIP_NO_COMPILE=1 PIP_NO_CACHE_DIR=1 python3 -m pip --disable-pip-version-check install --quiet \
-        --target /opt/lambda --requirement /setup/requirements/lambda.txt \
+        --target /lambda/opt/lambda --requirement /setup/requirements/lambda.txt \
         --constraint /setup/requirements/linux-$(uname -m).txt \
-    && python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/lambda \
-    && find /opt/lambda -exec touch --no-dereference --date=@$SOURCE_DATE_EPOCH {} +
+    && python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash /lambda \
+    && find /lambda -exec touch --no-dereference --date=@$SOURCE_DATE_EPOCH {} +
 
 
 # The same on AWS Lambda, which has its own way to start, to ask and to end.
 FROM serve AS lambda
-COPY --from=lambda-packages /opt/lambda /opt/lambda
+COPY --from=lambda-packages /lambda /
 ENV PYTHONPATH=/emerald:/opt/lambda
 LABEL com.amazonaws.lambda.feature.snapstart="Allow"
 HEALTHCHECK NONE

@@ -78,6 +78,7 @@ start_engine() {
 
 stop_engine() {
     kill $engine 2>/dev/null && wait $engine || true
+    umount "$run"/exec/netns/* 2>/dev/null || true # the engine leaves the network of the host mounted there
     rm -rf "$run"
 }
 
