@@ -1,7 +1,7 @@
-"""A real server whose loading is stretched: it runs for moments, and is stopped between them by SIGSTOP.
+"""A real server that is slow: it runs for moments, and is stopped between them by SIGSTOP.
 
-Everything that it says of itself is true: loading only takes longer, as a larger model's would, and can be looked at
-while it stands still.
+Everything that it says of itself is true: loading and answers only take longer, as a larger model's would, and can be
+looked at on the fastest of machines.
 """
 
 import signal
@@ -18,16 +18,17 @@ from tests.serving.server import Server, serving
 
 SHORT_REPLIES = {"EMERALD_REPLY_TOKENS": "96"}
 """So that tests are short."""
-MOMENT_SECONDS, PAUSE_SECONDS = 0.02, 0.08
+LOADING, TELLING = (0.02, 0.08), (0.01, 0.19)
+"""Seconds of running and of standing still; the smallest model tells a sentence in a fifth of a second."""
 WAIT_SECONDS = 60
 
 
 class Slowed:
     """A server that goes on by moments, from a thread: the browser's driver waits for it and cannot move it itself."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, pace: tuple[float, float]) -> None:
         self.url = server.url
-        self._server = server
+        self._server, self._pace = server, pace
         self._clock = threading.Lock()
         """Held while the server runs, and by whoever wants it to stand still."""
         self._still = False
@@ -65,9 +66,9 @@ class Slowed:
         while not self._released.is_set():
             with self._clock:
                 self._server.process.send_signal(signal.SIGCONT)
-                time.sleep(MOMENT_SECONDS)
+                time.sleep(self._pace[0])
                 self._server.process.send_signal(signal.SIGSTOP)
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(self._pace[1])
 
 
 @contextmanager
@@ -78,8 +79,15 @@ def slowed(build: Path) -> Iterator[Slowed]:
             with suppress(OSError), socket.create_connection(("127.0.0.1", server.port), timeout=1):
                 break
             time.sleep(0.001)
-        loading = Slowed(server)
-        try:
+        with by_moments(server, LOADING) as loading:
             yield loading
-        finally:
-            loading.run()
+
+
+@contextmanager
+def by_moments(server: Server, pace: tuple[float, float] = TELLING) -> Iterator[Slowed]:
+    """A server that goes on by moments until the end of the block."""
+    slow = Slowed(server, pace)
+    try:
+        yield slow
+    finally:
+        slow.run()

@@ -2,13 +2,14 @@
 
 import json
 import re
-import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
 
+from tests.browser.slowed import by_moments
 from tests.browser.visit import Visit
 from tests.serving.server import Server, figure
 
@@ -49,12 +50,14 @@ def visitor(visit: Opened) -> Visit:
     return visitor
 
 
-def test_an_answer_is_seen_growing(visitor: Visit) -> None:
+def test_an_answer_is_seen_growing(visitor: Visit, server: Server) -> None:
     visitor.page.evaluate(LENGTHS)
-    answer = visitor.hear(WALK)
+    with by_moments(server):
+        visitor.say(WALK)
+        visitor.until(lambda: len(set(visitor.page.evaluate("window.lengths"))) >= 5)
+    answer = visitor.end()
     lengths = visitor.page.evaluate("window.lengths")
     assert lengths == sorted(lengths)
-    assert len(set(lengths)) >= 5
     assert lengths[0] < lengths[-1] <= len(answer.locator(".words").inner_text()) + 5
     expect(answer).to_contain_text("tokens/s")
     figures = visitor.figures(answer)
@@ -62,18 +65,20 @@ def test_an_answer_is_seen_growing(visitor: Visit) -> None:
     assert "modelled" in figures["Energy"] or "metered" in figures["Energy"]
 
 
+@contextmanager
+def under_way(visitor: Visit, server: Server) -> Iterator[None]:
+    """An answer of which some words are told; the server is slow until the end of the block."""
+    with by_moments(server):
+        visitor.say(WALK)
+        expect(visitor.page.locator(".turn.assistant[aria-busy] .words")).to_have_text(SOME_WORDS, timeout=20_000)
+        yield
+
+
 def test_stop_keeps_what_was_told_and_frees_the_server(visitor: Visit, server: Server) -> None:
-    """The server stands still while the visitor stops, so that it cannot have ended by itself."""
     aborted = figure(server.port, 'vllm:request_success_total{finished_reason="abort"}')
-    visitor.say(WALK)
-    growing = visitor.page.locator(".turn.assistant[aria-busy] .words")
-    expect(growing).to_have_text(SOME_WORDS)
-    server.process.send_signal(signal.SIGSTOP)
-    try:
+    with under_way(visitor, server):
         visitor.button("Stop").click()
         answer = visitor.end()
-    finally:
-        server.process.send_signal(signal.SIGCONT)
     expect(answer).to_contain_text("stopped")
     told = answer.locator(".words").inner_text()
     assert told
@@ -84,11 +89,10 @@ def test_stop_keeps_what_was_told_and_frees_the_server(visitor: Visit, server: S
     expect(visitor.hear("I rest.")).to_contain_text("Told by the model")
 
 
-def test_escape_stops_too(visitor: Visit) -> None:
-    visitor.say(WALK)
-    expect(visitor.page.locator(".turn.assistant[aria-busy] .words")).to_have_text(SOME_WORDS)
-    visitor.page.keyboard.press("Escape")
-    expect(visitor.page.get_by_role("status")).to_have_text("Stopped.")
+def test_escape_stops_too(visitor: Visit, server: Server) -> None:
+    with under_way(visitor, server):
+        visitor.page.keyboard.press("Escape")
+        expect(visitor.page.get_by_role("status")).to_have_text("Stopped.")
 
 
 def test_an_answer_by_likeness_shows_entry_and_certificate(visitor: Visit, embedded_build: Path) -> None:
@@ -197,10 +201,9 @@ def test_stories_survive_a_reload_and_stay_apart(visitor: Visit) -> None:
     assert len(visitor.stories()) == 1
 
 
-def test_an_answer_under_way_at_a_reload_is_kept_as_far_as_it_came(visitor: Visit) -> None:
-    visitor.say(WALK)
-    expect(visitor.page.locator(".turn.assistant[aria-busy] .words")).to_have_text(SOME_WORDS)
-    visitor.page.reload()
+def test_an_answer_under_way_at_a_reload_is_kept_as_far_as_it_came(visitor: Visit, server: Server) -> None:
+    with under_way(visitor, server):
+        visitor.page.reload()
     expect(visitor.answers.last).to_contain_text(re.compile("stopped|breaks off"))  # browsers hang up sooner or later
     assert visitor.told()[0] == WALK
     assert visitor.told()[1]
@@ -210,11 +213,10 @@ def test_an_answer_under_way_at_a_reload_is_kept_as_far_as_it_came(visitor: Visi
 
 
 def test_a_story_deleted_while_it_is_told_does_not_come_back(visitor: Visit, server: Server) -> None:
-    visitor.say(WALK)
-    expect(visitor.page.locator(".turn.assistant[aria-busy] .words")).to_have_text(SOME_WORDS)
-    visitor.page.once("dialog", lambda dialog: dialog.accept())
-    visitor.button(f"Delete {WALK[:48]}").click()
-    expect(visitor.page.locator(".scene").first).to_be_visible()
+    with under_way(visitor, server):
+        visitor.page.once("dialog", lambda dialog: dialog.accept())
+        visitor.button(f"Delete {WALK[:48]}").click()
+        expect(visitor.page.locator(".scene").first).to_be_visible()
     visitor.until(lambda: figure(server.port, "vllm:num_requests_running") == 0)
     assert visitor.stories() == []
 

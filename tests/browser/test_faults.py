@@ -8,7 +8,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Response, expect
 
-from tests.browser.slowed import SHORT_REPLIES
+from tests.browser.slowed import SHORT_REPLIES, by_moments
 from tests.browser.visit import Visit, visiting
 from tests.serving.server import figure, serving, wait_until_ready
 
@@ -52,11 +52,12 @@ def test_a_server_that_dies_leaves_what_was_told_and_can_be_asked_again(
             wait_until_ready(server.port)
             visit.page.goto(server.url)
             visit.begin()
-            visit.say(WALK)
-            growing = visit.page.locator(".turn.assistant[aria-busy] .words")
-            expect(growing).not_to_have_text("")
-            server.process.kill()
-            answer = visit.end()
+            with by_moments(server):
+                visit.say(WALK)
+                growing = visit.page.locator(".turn.assistant[aria-busy] .words")
+                expect(growing).not_to_have_text("", timeout=20_000)
+                server.process.kill()
+                answer = visit.end()
         expect(answer).to_contain_text("The answer breaks off: the connection was cut.")
         told = answer.locator(".words").inner_text()
         assert told

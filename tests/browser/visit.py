@@ -26,8 +26,7 @@ QUIET_FLAGS = [
 ]
 """Chromium must talk to the server under test and to nothing else."""
 PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
-FADED_IN = """() => Promise.allSettled(document.getAnimations()
-  .filter((one) => one.effect.getComputedTiming().endTime < Infinity).map((one) => one.finished))"""
+FADING = "document.getAnimations().filter((one) => one.effect.getComputedTiming().endTime < Infinity).length"
 RECORD_POLICY = """
 document.addEventListener("securitypolicyviolation", (event) =>
   console.error(`policy violated: ${event.violatedDirective} ${event.blockedURI}`));
@@ -106,7 +105,7 @@ class Visit:
 
     def accessibility_faults(self) -> list[str]:
         """What axe calls serious or critical, each with its place, once everything has faded in."""
-        self.page.evaluate(FADED_IN)
+        self.until(lambda: self.page.evaluate(FADING) == 0)
         self.page.evaluate(AXE.read_text(encoding="utf-8"))
         found = self.page.evaluate("axe.run({resultTypes: ['violations']})")
         return [
