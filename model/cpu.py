@@ -1,10 +1,12 @@
-"""Which CPU this is, and which instructions a program compiled for a CPU family may use.
+"""Which CPU this is, which instructions a program compiled for a CPU family may use, and how many cores we may use.
 
 A family is a base and the features beyond it that our kernels use, such as "x86-64-v4+vnni" or "aarch64+bf16+i8mm".
 """
 
+import math
 import os
 import platform
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 X86_LEVELS = {
@@ -55,6 +57,48 @@ def runs(compiled_for: str) -> bool:
     return (base == here or older) and set(wanted) <= set(found)
 
 
-def available_cores() -> int:
-    """How many cores this process may run on, which is often fewer than the machine has."""
-    return len(os.sched_getaffinity(0))
+def available_cores(control_groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """How many cores this process may run on, which is often fewer than the machine has.
+
+    A container's limit (`docker run --cpus`, Kubernetes' limits.cpu) is a quota of time, on all cores of the machine:
+    more threads than the quota pays for would stop all of them, in the middle of a product, until the next period.
+    Part of a core counts as one, as in Go and Java.
+    """
+    cores = len(os.sched_getaffinity(0))
+    quotas = [math.ceil(quota) for quota in _cpu_quotas(control_groups, membership)]
+    return max(1, min([cores, *quotas]))
+
+
+def _cpu_quotas(control_groups: Path, membership: Path) -> Iterator[float]:
+    """Cores' worth of time that each control group we are in allows us; a group's own limit binds all below it."""
+    for line in membership.read_text(encoding="utf-8").splitlines() if membership.exists() else []:
+        _, controllers, group = line.split(":", 2)
+        if not controllers:  # version 2
+            yield from _quotas_up_to(control_groups, group, _quota)
+        elif "cpu" in controllers.split(","):  # version 1; in a container the path may be the host's, and not exist
+            yield from _quotas_up_to(control_groups / controllers, group, _legacy_quota)
+
+
+def _quotas_up_to(root: Path, group: str, quota: Callable[[Path], float | None]) -> Iterator[float]:
+    folder = Path(os.path.normpath(f"{root}/{group}"))
+    for place in [folder, *folder.parents] if folder.is_relative_to(root) else [root]:
+        found = quota(place)
+        if found is not None:
+            yield found
+        if place == root:
+            return
+
+
+def _quota(folder: Path) -> float | None:
+    """From cpu.max, "QUOTA PERIOD" in microseconds; None for "max" and where there is none, as in the root group."""
+    file = folder / "cpu.max"
+    quota, period = file.read_text(encoding="utf-8").split() if file.exists() else ("max", "1")
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _legacy_quota(folder: Path) -> float | None:
+    files = (folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
+    if not all(file.exists() for file in files):
+        return None
+    quota, period = (int(file.read_text(encoding="utf-8")) for file in files)
+    return quota / period if quota > 0 else None

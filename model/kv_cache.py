@@ -8,8 +8,10 @@ Shape letters: T tokens, C positions of the context, B sequences, P pages of a s
 S slots of a page.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import NamedTuple
 
 import torch
@@ -48,7 +50,13 @@ class CacheFullError(InputError):
 def new_caches(arch: Architecture, pages: int, dtype: torch.dtype) -> list[KVCache]:
     """Zeroed pages for every layer; memory is taken as pages are first written."""
     keys, values = (pages, arch.kv_heads, arch.head_dim, PAGE), (pages, arch.kv_heads, PAGE, arch.head_dim)
-    return [KVCache(torch.zeros(keys, dtype=dtype), torch.zeros(values, dtype=dtype)) for _ in range(arch.layers)]
+    return [KVCache(_zeros(keys, dtype), _zeros(values, dtype)) for _ in range(arch.layers)]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that the system makes when they are touched; `torch.zeros` writes them all, which takes time and memory."""
+    untouched = mmap(-1, math.prod(shape) * dtype.itemsize, MAP_PRIVATE | MAP_ANONYMOUS)
+    return torch.frombuffer(untouched, dtype=dtype).view(shape)
 
 
 def single_sequence(rotary_C2H: Tensor, tokens: int) -> Place:

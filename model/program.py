@@ -1,4 +1,4 @@
-"""The network as three compiled programs (AOTInductor packages), and the model that runs them.
+"""The network as three compiled programs (AOTInductor's shared libraries), and the model that runs them.
 
 `embed` looks tokens up, `layer` is one decoder layer, called for every layer with that layer's weights and KV cache as
 arguments, `head` gives logits: compiled once whatever the depth, and nothing is compiled when serving. Each takes any
@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -90,7 +91,7 @@ def form_of(weight: Weight) -> Form:
 def compile_programs(
     tensors: dict[str, Tensor], forms: Mapping[str, Form], arch: Architecture, target: str, folder: Path
 ) -> None:
-    """Builds the kernels and compiles embed.pt2, layer.pt2 and head.pt2 for a CPU family into `folder`.
+    """Builds the kernels and compiles embed.so, layer.so and head.so for a CPU family into `folder`.
 
     Of `tensors`, the engine's weights, only shapes and types matter. Needs g++.
     """
@@ -110,7 +111,7 @@ def compile_programs(
     place_shapes = ({0: vary}, {0: vary}, {0: vary}, {0: vary, 1: vary})
     shapes = {"x_TD": {0: vary}, "tensors": (*place_shapes, {0: vary}, {0: vary}, *[None] * len(layer))}
     compile_module(
-        _Layer(arch.norm_eps, layer_forms), (x_TD, *place, *cache, *layer), shapes, folder / "layer.pt2", target
+        _Layer(arch.norm_eps, layer_forms), (x_TD, *place, *cache, *layer), shapes, folder / "layer.so", target
     )
     table = "embedding" if "embedding" in tensors else "head"
     tokens_T = torch.zeros(example, dtype=torch.int64)
@@ -118,14 +119,14 @@ def compile_programs(
         _Embed(forms[table]),
         (tokens_T, tensors[table]),
         {"tokens_T": {0: vary}, "table": None},
-        folder / "embed.pt2",
+        folder / "embed.so",
         target,
     )
     compile_module(
         _Head(arch.norm_eps, forms["head"]),
         (x_TD, tensors["norm"], tensors["head"]),
         {"x_TD": {0: vary}, "norm_D": None, "head": None},
-        folder / "head.pt2",
+        folder / "head.so",
         target,
     )
 
@@ -139,9 +140,12 @@ def compile_module(
     *,
     freezing: bool = False,
 ) -> None:
-    """Exports a module and packages its native code at `path` (.pt2) for a CPU family, or this one. Needs g++.
+    """Exports a module and writes its native code to `path` (.so) for a CPU family, or this one. Needs g++.
 
     `freezing` folds the module's own weights into the program, laid out for the library that multiplies them.
+
+    Only the library is kept of AOTInductor's package: torch would unpack that at every start into a folder that has to
+    be writable and executable, which a container with a read-only root has not.
     """
     from torch._inductor import aoti_compile_and_package
     from torch._inductor import config as inductor
@@ -163,16 +167,22 @@ def compile_module(
     ):
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytree classes
         exported = torch.export.export(module.eval(), arguments, dynamic_shapes=shapes)
-        aoti_compile_and_package(exported, package_path=str(path), inductor_configs={**options, "cpp.cxx": (str(cxx),)})
+        package = cxx.with_name("package.pt2")
+        aoti_compile_and_package(
+            exported, package_path=str(package), inductor_configs={**options, "cpp.cxx": (str(cxx),)}
+        )
+        with zipfile.ZipFile(package) as files:
+            (library,) = (name for name in files.namelist() if name.endswith(".so"))
+            path.write_bytes(files.read(library))
+        package.unlink()
 
 
 def load_program(path: Path) -> Program:
-    """The callable of a .pt2 file: flat list of tensors in, list of tensors out.
+    """The callable of a compiled program: flat list of tensors in, list of tensors out.
 
-    Calls AOTInductor's loader directly: its Python wrapper imports the compiler, which costs seconds at start.
+    Calls AOTInductor's runner directly: torch's Python wrapper imports the compiler, which costs seconds at start.
     """
-    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
-    return cast("Program", loader.run)
+    return cast("Program", torch._C._aoti.AOTIModelContainerRunnerCpu(str(path.resolve()), 1).run)
 
 
 class CompiledModel:
@@ -202,7 +212,7 @@ class CompiledModel:
         read = [self._head, self._norm, *(tensor for layer in self._layers for tensor in layer)]
         self.bytes_per_token = sum(tensor.nbytes for tensor in read)
         load_kernels(folder)
-        self._run_embed, self._run_layer, self._run_head = (load_program(folder / f"{name}.pt2") for name in PROGRAMS)
+        self._run_embed, self._run_layer, self._run_head = (load_program(folder / f"{name}.so") for name in PROGRAMS)
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         return self._run_embed([tokens_T, self._table])[0]

@@ -1,6 +1,7 @@
-"""The pipeline's command line: python -m pipeline run | list | settings | explain | status | check-data."""
+"""The pipeline's command line: python -m pipeline run | list | settings | explain | status | key | check-data."""
 
 import argparse
+import os
 import shutil
 import sys
 import traceback
@@ -19,6 +20,7 @@ from pipeline.fingerprint import ROOT
 from pipeline.progress import quiet_libraries, say
 from pipeline.stage import Build, Outcome
 from pipeline.stages import table
+from pipeline.verdict import Check
 
 STAGES = [field.name for field in fields(Config)]
 DONE, GATE_FAILED, BAD_INPUT, CRASHED = 0, 1, 2, 3
@@ -55,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(build: Build, options: argparse.Namespace) -> int:
     """Brings stages up to date and prints what each did."""
+    if options.check:
+        return _check(build, options.stages)
     outcomes = []
     for outcome in build.run(options.stages, force=options.force):
         outcomes.append(outcome)
@@ -67,6 +71,14 @@ def run(build: Build, options: argparse.Namespace) -> int:
     if last.failed:
         say(f"see {build.folder / build.stage(last.stage).outputs[0]}; no later stage ran")
     return GATE_FAILED if last.failed else DONE
+
+
+def _check(build: Build, names: Sequence[str]) -> int:
+    outdated = build.outdated(names)
+    for name, reasons in outdated.items():
+        say(f"{name} is out of date: {'; '.join(reasons[:3])}")
+    say("nothing was run" if outdated else "all is up to date")
+    return GATE_FAILED if outdated else DONE
 
 
 def list_stages(build: Build, _options: argparse.Namespace) -> int:
@@ -98,8 +110,11 @@ def explain(build: Build, options: argparse.Namespace) -> int:
     return DONE
 
 
-def status(build: Build, _options: argparse.Namespace) -> int:
+def status(build: Build, options: argparse.Namespace) -> int:
     """Prints where every stage stands."""
+    if options.markdown:
+        print(_verdicts(build))
+        return DONE
     rows = Table("stage", "state", "seconds", "checks", box=None, header_style="bold", padding=(0, 2, 0, 0))
     for stage in build.stages:
         receipt, reasons = build.receipt(stage), build.reasons(stage)
@@ -107,6 +122,34 @@ def status(build: Build, _options: argparse.Namespace) -> int:
         checks = f"{sum(1 for check in receipt['checks'])}" if receipt else ""
         rows.add_row(stage.name, "up to date" if not reasons else f"to run: {reasons[0]}", seconds, checks)
     Console(width=_width()).print(rows)
+    return DONE
+
+
+def _verdicts(build: Build) -> str:
+    """What each stage that has run found, as a Markdown table."""
+    lines = ["| | stage | seconds | found | limit |", "|---|---|---:|---:|---:|"]
+    for stage in build.stages:
+        receipt = build.receipt(stage)
+        if receipt is None:
+            continue
+        checks = [Check(**row) for row in receipt["checks"]]
+        lines.append(f"| {'✅' if receipt['passed'] else '❌'} | **{stage.name}** | {receipt['seconds']:.1f} | | |")
+        for check in checks:
+            mark = "✅" if check.passed else "❌"
+            lines.append(f"| {mark} | {check.name} | | {check.value:.4g} | {check.bound} {check.limit:.4g} |")
+    return "\n".join(lines)
+
+
+def key(build: Build, options: argparse.Namespace) -> int:
+    """Prints a digest of all that these stages' outputs depend on, and what to keep of them under it, a path a line."""
+    digest = build.key(options.stages)
+    paths = [os.path.relpath(path) for path in build.published(options.stages)]
+    print(digest)
+    print("\n".join(paths))
+    if options.github_output:
+        lines = [f"key={digest}", "paths<<END_OF_PATHS", *paths, "END_OF_PATHS"]
+        with options.github_output.open("a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
     return DONE
 
 
@@ -153,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="STAGE.FIELD=VALUE",
-        help="change one field; repeatable; the command settings lists them",
+        help="change a field; repeatable, or several separated by semicolons; the command settings lists them",
     )
     common.add_argument("--build", metavar="FOLDER", help="where to build (default: build/NAME)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -163,18 +206,30 @@ def _parser() -> argparse.ArgumentParser:
         (settings, "settings", "print every field that --set can change, and its range"),
         (explain, "explain", "say why a stage would run"),
         (status, "status", "say where every stage stands"),
+        (key, "key", "say what stages' outputs depend on, as one digest, and what to keep of them"),
         (check_data, "check-data", "say what is wrong or doubtful in cache_data"),
     ):
         chosen = commands.add_parser(name, parents=[common], help=what, description=command.__doc__)
         chosen.set_defaults(command=command)
-        if command is run:
+        if command in (run, key):
             chosen.add_argument(
                 "stages",
                 nargs="*",
                 metavar="STAGE",
                 help=f"only these and what they need (default: all): {', '.join(STAGES)}",
             )
+        if command is key:
+            chosen.add_argument(
+                "--github-output",
+                type=Path,
+                metavar="FILE",
+                help="also write `key` and `paths` there, as a GitHub Actions step's outputs",
+            )
+        if command is run:
+            chosen.add_argument("--check", action="store_true", help="run nothing; exit 1 if anything is out of date")
             chosen.add_argument("--force", action="store_true", help="run them even if nothing changed")
+        if command is status:
+            chosen.add_argument("--markdown", action="store_true", help="what each gate found, as a Markdown table")
         if command is check_data:
             chosen.add_argument("--data", default="cache_data", metavar="FOLDER", help="default: cache_data")
             chosen.add_argument(

@@ -86,9 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": {"torch": torch_version(), "llama-cpp-python": version},
         "model": first.model_id,
         "cases": cases,
-        "start_to_first_token_s": _spread([seconds for seconds, _, _ in starts]),
-        "resident_mb": _spread([resident for _, resident, _ in starts]),
-        "resident_beyond_weights_mb": _spread([resident - weights for _, resident, weights in starts]),
+        "start_to_first_token_s": spread([seconds for seconds, _, _ in starts]),
+        "resident_mb": spread([resident for _, resident, _ in starts]),
+        "resident_beyond_weights_mb": spread([resident - weights for _, resident, weights in starts]),
         "read_bandwidth_gb_s": round(bandwidth / 1e9, 2),
         "ceilings": {name: _ceiling(engine, bandwidth, cases, name) for name, engine in engines.items()},
     }
@@ -157,18 +157,17 @@ def _case(subjects: Mapping[str, Measure], sequences: int, prompt: int, repetiti
                 gains[name].append(rounds[-1][name]["decode"] / alone["decode"])
     rounds = rounds[1:]  # the first warms up
     speeds = {
-        name: {step: _spread([one[name][step] for one in rounds]) for step in ("prefill", "decode")}
-        for name in subjects
+        name: {step: spread([one[name][step] for one in rounds]) for step in ("prefill", "decode")} for name in subjects
     }
     ratios = {
         f"{name} / {other}": {
-            step: _spread([one[name][step] / one[other][step] for one in rounds]) for step in ("prefill", "decode")
+            step: spread([one[name][step] / one[other][step] for one in rounds]) for step in ("prefill", "decode")
         }
         for name in subjects
         for other in subjects
         if name.startswith("int4") and not other.startswith("int4")
     }
-    return {"tokens_s": speeds, "ratios": ratios, "together": {name: _spread(one[1:]) for name, one in gains.items()}}
+    return {"tokens_s": speeds, "ratios": ratios, "together": {name: spread(one[1:]) for name, one in gains.items()}}
 
 
 def _ceiling(engine: Engine, bandwidth: float, cases: Mapping[str, Any], name: str) -> dict[str, float]:
@@ -190,7 +189,8 @@ def _start(build: Path) -> tuple[float, float, float]:
     return came - start, resident / 1e3, weights / 1e3
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most."""
     return {
         "median": round(statistics.median(values), 3),
         "least": round(min(values), 3),

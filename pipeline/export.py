@@ -14,6 +14,7 @@ from model.networks import Int4Folder, packed_weights
 from model.program import Form, compile_programs, form_of, torch_version
 from model.shards import read_shards, write_shards
 from pipeline.configs import ExportConfig
+from pipeline.licences import copy_licences
 from pipeline.progress import say, track
 from pipeline.target import compiled_for
 
@@ -45,6 +46,7 @@ def run(config: ExportConfig, int4: Path, engine: Path) -> None:
     compile_programs(read_shards(engine), forms, arch, target, engine)
     for name in ("tokenizer.json", "chat.json"):
         shutil.copyfile(int4 / name, engine / name)
+    copy_licences(int4, engine)
     kept = ("model_id", "licence", "source", "architecture", "recipe", "bits_per_weight")
     facts = {
         **{name: folder.manifest[name] for name in kept},

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.artifact import write_manifest
+from model.artifact import read_json, write_manifest
 from model.cpu import family
 from model.program import compile_module, torch_version
 from pipeline.configs import ExportEmbedderConfig
+from pipeline.licences import copy_licences
 from pipeline.progress import say
 from pipeline.target import compiled_for
 
@@ -47,7 +48,7 @@ class _HalfLinear(torch.nn.Module):
 
 
 def run(config: ExportEmbedderConfig, trained: Path, output: Path) -> None:
-    """Writes the embedder folder (kind "embedder"): program.pt2 and tokenizer.json."""
+    """Writes the embedder folder (kind "embedder"): program.so and tokenizer.json."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from sentence_transformers import SentenceTransformer
     from torch._inductor import config as inductor
@@ -67,9 +68,11 @@ def run(config: ExportEmbedderConfig, trained: Path, output: Path) -> None:
     shapes = {"ids": {1: tokens}, "mask": {1: tokens}}
     arguments = (ids, torch.ones_like(ids))
     with inductor.patch({"cpp.weight_prepack": here}):
-        compile_module(_SentenceVector(model), arguments, shapes, output / "program.pt2", target, freezing=True)
+        compile_module(_SentenceVector(model), arguments, shapes, output / "program.so", target, freezing=True)
     shutil.copyfile(trained / "tokenizer.json", output / "tokenizer.json")
+    copy_licences(trained, output)
     facts = {
+        **read_json(trained / "source.json"),
         "dimensions": model.get_embedding_dimension(),
         "longest_tokens": config.longest_tokens,
         "products": "bf16" if half else "float32",

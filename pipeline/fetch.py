@@ -24,10 +24,11 @@ from model.torchchat_format import PARAMS, WEIGHTS, TorchchatCheckpoint
 from pipeline.configs import FetchConfig
 from pipeline.hub import HubModel
 from pipeline.hub_checkpoint import leave_on_hub
+from pipeline.licences import LICENCE_FILES
 from pipeline.progress import track
 from pipeline.sources import locate
 
-SMALL = ("*.json", "*.jinja", "LICENSE*", "USE_POLICY*", "NOTICE*")
+SMALL = ("*.json", "*.jinja", *LICENCE_FILES)
 CONTROL_TOKEN = 3
 """GGUF's token type of tokens such as <|im_start|>, which no text produces."""
 
@@ -59,7 +60,7 @@ def _brought(found: Path, output: Path) -> Architecture:
     elif (found / WEIGHTS).exists() and (found / PARAMS).exists():
         torchchat = TorchchatCheckpoint(found)
         _write_weights(torchchat, output)
-        _link(found, output, ("tokenizer*.json", "generation_config.json", "*.jinja", "LICENSE*", "NOTICE*"))
+        _link(found, output, ("tokenizer*.json", "generation_config.json", "*.jinja", *LICENCE_FILES))
         write_json(output / "config.json", torchchat.architecture.to_config_json())
     elif found.is_dir():
         SafetensorsCheckpoint(found)  # refuses a bad folder under the user's own path

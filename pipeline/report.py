@@ -13,7 +13,7 @@ Report = dict[str, Any]
 
 def run(
     _config: ReportConfig,
-    int4: Path,
+    engine: Path,
     quantization: Path,
     cache: Path,
     cache_report: Path,
@@ -24,7 +24,7 @@ def run(
 ) -> None:
     """Writes summary.md from the other stages' reports."""
     read = [json.loads(path.read_text(encoding="utf-8")) for path in (cache_report, quality, latency)]
-    model, content = read_manifest(int4, "int4"), read_manifest(cache, "cache")
+    model, content = read_manifest(engine, "engine"), read_manifest(cache, "cache")
     errors = json.loads(quantization.read_text(encoding="utf-8"))["tensors"]
     parts = [
         _heading(model, content, read),

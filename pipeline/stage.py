@@ -8,6 +8,10 @@ of the packages those files import, and the CPU family.
 
 Outputs are written beside their place and renamed into it; the receipt is written last, atomically. So a run killed
 anywhere leaves either a receipt whose outputs are whole or none at all, and the next run resumes there.
+
+An output that is gone counts as what its receipt says of it, until a stage that must run reads it. So a build folder
+can be carried from one machine to another without its gigabytes of intermediate weights: `published` says what must
+come along.
 """
 
 import ast
@@ -108,15 +112,18 @@ class Build:
         wanted = {self.stage(name).name for name in names} or {stage.name for stage in self.stages}
         for stage in reversed(self.stages):
             if stage.name in wanted:
-                wanted |= {other.name for other in self.stages if set(other.outputs) & set(stage.inputs)}
+                wanted |= self._makers(stage)
         return [stage for stage in self.stages if stage.name in wanted]
 
     def run(self, names: Sequence[str] = (), *, force: bool = False) -> Iterator[Outcome]:
         """Brings stages up to date in order, yielding each outcome; stops after one that failed."""
-        forced = set(names or [stage.name for stage in self.stages]) if force else set()
+        wanted = self.needed_for(names)
+        targets = set(names) or {stage.name for stage in wanted}
         with self._lock():
-            for stage in self.needed_for(names):
-                reasons = ["forced"] if stage.name in forced else self.reasons(stage)
+            present = targets | self._read_but_gone(wanted, targets, force=force)
+            for stage in wanted:
+                kept = stage.name in present
+                reasons = ["forced"] if force and stage.name in targets else self.reasons(stage, outputs_kept=kept)
                 outcome = self._execute(stage, reasons) if reasons else self._unchanged(stage)
                 if outcome.failed:
                     self._withdraw_dependents(stage)
@@ -124,14 +131,40 @@ class Build:
                 if outcome.failed:
                     return
 
-    def reasons(self, stage: Stage) -> list[str]:
-        """Why a stage must run, a line each; empty when its receipt stands."""
+    def key(self, names: Sequence[str]) -> str:
+        """One digest of all that the outputs of these stages depend on; known before anything runs."""
+        own = {
+            stage.name: {name: of for name, of in self.fingerprint(stage).items() if not name.startswith("input ")}
+            for stage in self.needed_for(names)
+        }
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+    def published(self, names: Sequence[str]) -> list[Path]:
+        """What to keep of these stages and all they need: receipts, and the outputs that other stages read."""
+        within = self.needed_for(names)
+        read = {path for stage in self.stages if stage not in within for path in stage.inputs}
+        kept = [path for stage in within for path in stage.outputs if path in read]
+        return [*(self.folder / path for path in kept), *map(self._receipt_path, within)]
+
+    def outdated(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """The stages, of these and all they need, that a run would have to run, with the reasons; runs nothing."""
+        needed = self.needed_for(names)
+        targets = set(names) or {stage.name for stage in needed}
+        found = {stage.name: self.reasons(stage, outputs_kept=stage.name in targets) for stage in needed}
+        return {name: reasons for name, reasons in found.items() if reasons}
+
+    def reasons(self, stage: Stage, *, outputs_kept: bool = True) -> list[str]:
+        """Why a stage must run, a line each; empty when its receipt stands.
+
+        Unless `outputs_kept`, an output may be gone, but not another than the stage wrote.
+        """
         receipt = self.receipt(stage)
         if receipt is None:
             return ["it has not run yet"]
         reasons = describe_changes(receipt["fingerprint"], self.fingerprint(stage))
         for path in stage.outputs:
-            if self._digest(self.folder / path) != receipt["outputs"].get(str(path)):
+            found = self._digest(self.folder / path)
+            if found != receipt["outputs"].get(str(path)) and (outputs_kept or found is not None):
                 reasons.append(f"output {path} is missing or not what this stage wrote")
         if not receipt["passed"]:
             reasons.append("its gate failed last time")
@@ -162,7 +195,7 @@ class Build:
         for path in stage.sources:
             fingerprint |= {f"source {name}": digest for name, digest in self._source_digests(path).items()}
         for path in stage.inputs:
-            fingerprint[f"input {path}"] = self._digest(self.folder / path) or "not built yet"
+            fingerprint[f"input {path}"] = self._digest(self.folder / path) or self._recorded(path) or "not built yet"
         code, packages = imports_of(stage.module_file)
         fingerprint |= {f"code {file.relative_to(ROOT)}": self._digests.of(file) for file in code}
         fingerprint |= {f"package {name}": version for name, version in package_versions(packages).items()}
@@ -172,6 +205,9 @@ class Build:
         say(f"{stage.name}: {stage.purpose}")
         say(f"  because {'; '.join(reasons[:3])}{f' (and {len(reasons) - 3} more)' if len(reasons) > 3 else ''}")
         fingerprint = self.fingerprint(stage)
+        for path in stage.inputs:
+            if not (self.folder / path).exists():
+                raise InputError(f"{self.folder / path} is gone, and {stage.name} must read it after all: run again")
         paths = [ROOT / path for path in stage.sources] + [self.folder / path for path in stage.inputs]
         start = time.monotonic()
         with _disk_faults(self.folder):
@@ -201,6 +237,29 @@ class Build:
         assert receipt is not None, "a stage without a receipt has a reason to run"
         checks = tuple(Check(**row) for row in receipt["checks"])
         return Outcome(stage=stage.name, state="unchanged", seconds=receipt["seconds"], checks=checks)
+
+    def _read_but_gone(self, stages: Sequence[Stage], targets: set[str], *, force: bool) -> set[str]:
+        """The stages that must run again only because an output of theirs is gone and one that must run reads it."""
+        stale: set[str] = set()
+        for stage in stages:
+            target = stage.name in targets
+            if (force and target) or self._makers(stage) & stale or self.reasons(stage, outputs_kept=target):
+                stale.add(stage.name)
+        again: set[str] = set()
+        for stage in reversed(stages):
+            if stage.name in stale | again:
+                gone = {path for path in stage.inputs if not (self.folder / path).exists()}
+                again |= {maker.name for maker in stages if gone & set(maker.outputs)}
+        return again
+
+    def _makers(self, stage: Stage) -> set[str]:
+        return {maker.name for maker in self.stages if set(maker.outputs) & set(stage.inputs)}
+
+    def _recorded(self, path: Path) -> str | None:
+        """The digest of an output that is gone, as the receipt of the stage that wrote it has it."""
+        maker = next(stage for stage in self.stages if path in stage.outputs)
+        receipt = self.receipt(maker)
+        return receipt["outputs"].get(str(path)) if receipt and receipt["passed"] else None
 
     def _withdraw_dependents(self, failed: Stage) -> None:
         """Removes what an earlier build made behind this gate: a summary that says "passed" must not outlive it."""

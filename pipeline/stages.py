@@ -86,7 +86,7 @@ def table(config: Config) -> tuple[Stage, ...]:
         Stage(
             name="report",
             config=config.report,
-            inputs=(INT4, QUANTIZATION, CACHE, CACHE_REPORT, QUALITY, LATENCY, SAVINGS),
+            inputs=(ENGINE, QUANTIZATION, CACHE, CACHE_REPORT, QUALITY, LATENCY, SAVINGS),
             outputs=(SUMMARY,),
         ),
     )

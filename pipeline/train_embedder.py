@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.artifact import write_json
 from model.errors import InputError
 from pipeline.author_data import Entry, Question, read_contrast, read_entries
 from pipeline.configs import TrainEmbedderConfig
+from pipeline.licences import copy_licences
 from pipeline.progress import track
 from pipeline.sources import locate
 
@@ -56,6 +58,8 @@ def run(config: TrainEmbedderConfig, entries: Path, contrast: Path, schemas: Pat
     network.embeddings.requires_grad_(False)
     _train(model, config, _Lessons(config, read, apart))
     model.save(str(paths[-1]), create_model_card=False)
+    copy_licences(source, paths[-1])
+    write_json(paths[-1] / "source.json", {name: getattr(config, name) for name in ("source", "model_id", "licence")})
 
 
 class _Lessons:

@@ -1,5 +1,9 @@
 """The storyteller's command line: python -m serving ask | chat | explain | serve | key."""
 
+import gc
+
+gc.disable()  # until torch is imported: it leaves so many objects that looking through them takes a third of a second
+
 import argparse
 import hashlib
 import secrets
@@ -14,6 +18,9 @@ from model.tokenizer import Message
 from serving.answer import Reply, Storyteller
 from serving.cache import Hit, Miss
 from serving.settings import Settings
+
+gc.freeze()  # modules stay; the collector need not look at them again
+gc.enable()
 
 EPILOG = """examples:
   python -m serving ask "What are you capable of?"         a ready answer, without the model

@@ -7,18 +7,18 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model.artifact import Progress, unwatched
 from model.cpu import available_cores
 from model.engine import Engine, FinishReason, Piece, Timing, timed
 from model.errors import InputError
 from model.sampling import Sampling
+from model.threads import use_threads
 from model.tokenizer import Message
 from serving.cache import Cache, Hit, Miss
 from serving.certificate import Certificate, admit
@@ -74,7 +74,7 @@ class Storyteller:
 
     def __init__(self, settings: Settings) -> None:
         self.threads = settings.threads or available_cores()
-        torch.set_num_threads(self.threads)
+        use_threads(self.threads)
         self._settings = settings
         self._progress: Progress = unwatched
         self.cache = Cache(settings.folder("cache"), Embedder(settings.folder("embedder")), settings.revoked_entries)
@@ -90,9 +90,11 @@ class Storyteller:
     def warm_up(self, progress: Progress = unwatched) -> None:
         """Loads what else is loaded at its first use, and computes the persona, which every prompt begins with."""
         self._progress = lambda done: progress(VERIFIED_SHARE * done)
-        self.cache.nearest(self.cache.embedder.embed("hello"), 1)
-        persona = self.engine.tokenizer.encode_chat([self._system({})])
-        self.engine.next_logits(persona)
+        with ThreadPoolExecutor(1, "cache", use_threads, (1,)) as beside:
+            first_lookup = beside.submit(lambda: self.cache.nearest(self.cache.embedder.embed("hello"), 1))
+            persona = self.engine.tokenizer.encode_chat([self._system({})])
+            self.engine.next_logits(persona)
+            first_lookup.result()
         progress(1.0)
 
     @cached_property

@@ -59,4 +59,4 @@ class Embedder:
         tokenizer = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return _Loaded(tokenizer, load_program(self._folder / "program.pt2"), manifest["longest_tokens"])
+        return _Loaded(tokenizer, load_program(self._folder / "program.so"), manifest["longest_tokens"])

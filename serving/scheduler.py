@@ -11,12 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import torch
-
 from model.engine import Engine, Piece, Reply
 from model.errors import InputError
 from model.kv_cache import CacheFullError
 from model.sampling import LogitsError, Sampling
+from model.threads import use_threads
 
 LOG = logging.getLogger(__name__)
 RETRY_SECONDS_MAX = 60
@@ -128,7 +127,7 @@ class Scheduler:
         self._thread.join()
 
     def _work(self, threads: int) -> None:
-        torch.set_num_threads(threads)  # OpenMP counts per thread that starts a parallel region
+        use_threads(threads)
         while True:
             with self._changed:
                 while not (self._running or self._waiting or self._closing):

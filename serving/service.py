@@ -4,6 +4,7 @@ One thread looks questions up, another generates (see `serving/scheduler.py`); c
 theirs. Ready answers are given while the model is still loading.
 """
 
+import gc
 import logging
 import threading
 import time
@@ -11,10 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
-import torch
-
 from model.engine import Engine, Piece
 from model.errors import InputError
+from model.threads import use_threads
 from model.tokenizer import Message
 from serving.answer import Origin, Storyteller, spoken
 from serving.scheduler import ClosingError, QueueFullError, Scheduler, Ticket
@@ -51,7 +51,7 @@ class Service:
         """The ready answers; before the model."""
         self.scheduler: Scheduler | None = None
         """The model; None until it is loaded."""
-        self._lookups = ThreadPoolExecutor(1, "lookup", torch.set_num_threads, (1,))  # beside the model's threads
+        self._lookups = ThreadPoolExecutor(1, "lookup", use_threads, (1,))  # beside the model's threads
         self._places = threading.BoundedSemaphore(settings.waiting_max + settings.running_max)
         self._loading = threading.Thread(target=self._load, name="load", daemon=True)
 
@@ -166,6 +166,7 @@ class Service:
                 waiting_max=self.settings.waiting_max,
                 threads=storyteller.threads,
             )
+            gc.freeze()  # what was loaded stays; looking through it would make replies halt
         except InputError as fault:
             LOG.error("the model cannot be loaded: %s", fault)
             self.failure = "the model cannot be loaded; the server's log says why"

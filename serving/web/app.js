@@ -1,7 +1,8 @@
 // The page: wires the stories, the prologue, the chat and the server together.
-import { Chat, described } from "/web/chat.js";
+import { Chat, entered } from "/web/chat.js";
 import { asMarkdown, Conversations } from "/web/conversations.js";
-import { Prologue } from "/web/prologue.js";
+import { button, element } from "/web/element.js";
+import { offered, Prologue } from "/web/prologue.js";
 import { prologue, untilReady } from "/web/server.js";
 import { Sound } from "/web/sound.js";
 
@@ -9,30 +10,38 @@ const part = (id) => document.getElementById(id);
 const say = (text) => {
   part("status").textContent = text;
 };
+const spoken = (text) => {
+  part("spoken").textContent = text;
+};
 
 const stories = new Conversations();
 const sound = new Sound();
 let story = null;
 let road = null;
+let busy = false;
 
 const chat = new Chat(part("turns"), part("scroll"), {
   keep,
   say,
-  spoken: (text) => {
-    part("spoken").textContent = text;
-  },
+  spoken,
+  choices: ({ choices }) => (road ? offered(road, choices) : choices),
   busy: (whether) => {
-    part("stop").hidden = !whether;
-    part("send").disabled = whether;
+    busy = whether;
+    part("send").textContent = busy ? "Stop" : "Send";
+    part("send").classList.toggle("main", !busy);
   },
 });
 
 const opening = new Prologue(part("prologue"), {
+  spoken,
   changed: (choices) => {
     story.choices = choices;
     keep(story);
   },
-  entered: () => enter(),
+  entered: () => {
+    enter();
+    part("message").focus();
+  },
 });
 
 function keep(changed) {
@@ -48,53 +57,63 @@ function open(chosen) {
   story = chosen;
   opening.hide();
   chat.show(story);
-  if (!story.entered && road) opening.show(road, story.choices);
+  if (road) opening.show(road, story.choices, story.entered);
+  if (!story.entered) part("scroll").scrollTop = 0;
+  say("");
   list();
 }
 
 function enter() {
   if (story.entered) return;
   story.entered = true;
-  opening.hide();
+  if (road) opening.enter();
   chat.draw();
   keep(story);
-  part("message").focus();
 }
 
 function list() {
   const items = stories.all().map((one) => {
-    const item = document.createElement("li");
-    const choose = button(one.title, () => {
-      open(one.id === story.id ? story : one);
-      closeShelf();
-    });
-    const remove = button("×", () => {
-      if (!confirm(`Delete “${one.title}”?`)) return;
-      stories.remove(one.id);
-      if (one.id === story.id) open(stories.all()[0] ?? stories.begin());
-      else list();
-    });
-    remove.ariaLabel = `Delete ${one.title}`;
-    remove.className = "plain";
-    if (one.id === story.id) item.ariaCurrent = "true";
-    item.append(choose, remove);
-    return item;
+    const current = one.id === story.id;
+    const choose = button(one.title, () => turnTo(current ? story : one));
+    const remove = button("×", () => discard(one), { className: "plain", ariaLabel: `Delete ${one.title}` });
+    return element("li", { ariaCurrent: current ? "true" : null }, choose, remove);
   });
+  const focused = [...part("stories").querySelectorAll("button")].indexOf(document.activeElement);
   part("stories").replaceChildren(...items);
+  part("stories").querySelectorAll("button")[focused]?.focus();
 }
 
-function button(textContent, onclick) {
-  return Object.assign(document.createElement("button"), { type: "button", textContent, onclick });
+// From the shelf to a story, with the keyboard's focus.
+function turnTo(chosen) {
+  if (chosen !== story) open(chosen);
+  closeShelf();
+  part("scroll").focus();
+}
+
+function discard(one) {
+  if (!confirm(`Delete “${one.title}”?`)) return;
+  stories.remove(one.id);
+  if (one.id === story.id) open(stories.all()[0] ?? stories.begin());
+  else list();
+  part("new-story").focus();
+}
+
+function openShelf() {
+  part("shelf").classList.add("open");
+  part("shelf-toggle").ariaExpanded = "true";
+  part("new-story").focus();
 }
 
 function closeShelf() {
+  if (!part("shelf").classList.contains("open")) return;
   part("shelf").classList.remove("open");
   part("shelf-toggle").ariaExpanded = "false";
+  part("shelf-toggle").focus();
 }
 
 function send() {
   const text = part("message").value.trim();
-  if (!text || part("send").disabled) return;
+  if (!text || busy) return;
   part("message").value = "";
   enter();
   chat.send(text);
@@ -102,61 +121,55 @@ function send() {
 
 part("ask").onsubmit = (event) => {
   event.preventDefault();
-  send();
+  if (busy) chat.stop();
+  else send();
 };
 part("message").onkeydown = (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-    event.preventDefault();
-    send();
-  }
+  if (!entered(event)) return;
+  event.preventDefault();
+  send();
 };
-part("stop").onclick = () => chat.stop();
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") chat.stop();
-});
-part("new-story").onclick = () => {
-  open(stories.begin());
+  if (event.key !== "Escape") return;
+  chat.stop();
   closeShelf();
-};
-part("shelf-toggle").onclick = () => {
-  const opened = part("shelf").classList.toggle("open");
-  part("shelf-toggle").ariaExpanded = String(opened);
-};
+});
+part("new-story").onclick = () => turnTo(stories.begin());
+part("shelf-toggle").onclick = () => (part("shelf").classList.contains("open") ? closeShelf() : openShelf());
+document.querySelector("main").addEventListener("pointerdown", closeShelf);
 part("export").onclick = () => {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([asMarkdown(story, described)], { type: "text/markdown" }));
-  link.download = `emerald-${story.id}.md`;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  const href = URL.createObjectURL(new Blob([asMarkdown(story)], { type: "text/markdown" }));
+  element("a", { href, download: `emerald-${story.id}.md` }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 1000);
 };
 part("sound").onclick = () => {
   sound.toggle();
   part("sound").ariaPressed = String(sound.on);
 };
-part("theme").onclick = () => {
-  const shown = document.documentElement.dataset.theme;
-  const dark = shown ? shown === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  setTheme(dark ? "light" : "dark"); // of theme.js
-  try {
-    localStorage.setItem(THEME, dark ? "light" : "dark");
-  } catch {
-    say("This browser does not keep the choice.");
-  }
-};
 addEventListener("storage", list); // another page of ours kept or deleted a story
-addEventListener("pagehide", () => story.turns.at(-1)?.growing && keep(story));
+addEventListener("pagehide", () => story.turns.at(-1)?.growing && keep(story)); // as far as it was told
 
+// The bar is the server's own progress; it is not shown at all if the model is ready.
 async function load() {
-  part("loading").hidden = false;
+  let waited = false;
   const state = await untilReady(({ status, progress }) => {
+    if (status === "ready") return;
+    waited = true;
+    part("loading").hidden = false;
     part("progress").value = progress;
     part("loading-text").textContent =
-      status === "unreachable" ? "The server cannot be reached" : `The storyteller is waking: ${Math.round(100 * progress)} %`;
+      status === "unreachable"
+        ? "The server cannot be reached."
+        : `The storyteller is waking: ${Math.round(100 * progress)} %. Common questions are answered already.`;
   });
   if (state.status === "ready") {
     part("loading").hidden = true;
-    if (!part("prologue").hidden) say("The storyteller is awake. Walk on, or enter the city when you like.");
-  } else part("loading-text").textContent = state.status;
+    if (waited) say(story.entered ? "The storyteller is awake." : "The storyteller is awake; walk on at your leisure.");
+  } else {
+    part("progress").hidden = true;
+    part("loading").classList.add("fault");
+    part("loading-text").textContent = `No stories today: ${state.status}.`;
+  }
 }
 
 async function begin() {
@@ -165,12 +178,12 @@ async function begin() {
   try {
     const told = await prologue();
     road = told.prologue;
-    chat.greeting = told.persona.greeting;
+    chat.persona = told.persona;
     part("model").textContent = told.model;
     document.title = told.persona.name;
     document.querySelector("h1").textContent = told.persona.name;
-    if (story.entered) chat.draw();
-    else if (!part("turns").children.length) opening.show(road, story.choices);
+    if (!busy) chat.draw();
+    opening.show(road, story.choices, story.entered);
   } catch (fault) {
     say(fault.message);
   }

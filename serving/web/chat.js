@@ -1,4 +1,6 @@
 // One story on the page: its turns, an answer that is growing, and what can be done with each.
+import { button, element } from "/web/element.js";
+import { facts, headline } from "/web/origin.js";
 import { rendered } from "/web/render.js";
 import { answer } from "/web/server.js";
 
@@ -6,13 +8,14 @@ const NEAR_END_PX = 80;
 const MESSAGES_MAX = 999;
 
 export class Chat {
-  // hooks: keep(story) saves it, say(text) shows a status, spoken(text) tells a screen reader, busy(whether).
+  // hooks: keep(story) saves it, choices(story) are what the server is told of its prologue, say(text) shows a status,
+  // spoken(text) tells a screen reader, busy(whether).
   constructor(place, scroll, hooks) {
     this.place = place;
     this.scroll = scroll;
     this.hooks = hooks;
     this.story = null;
-    this.greeting = "";
+    this.persona = { name: "Emerald", greeting: "" };
   }
 
   show(story) {
@@ -25,20 +28,26 @@ export class Chat {
     this.toEnd();
   }
 
-  // Asks the model, or has the cache answer; useCache false asks the model in any case.
   async send(text) {
     this.story.turns.push({ role: "user", text });
-    await this.reply(true);
+    await this.reply({ useCache: true });
   }
 
   stop() {
     this.growing?.abort(new DOMException("stopped", "AbortError"));
   }
 
-  // Another answer in place of the last one. A ready answer would be the same again, so the model is asked.
+  // Another answer in place of the last one, which stays if there is none. A ready answer would be the same again, so
+  // the model is asked; unless there was a fault, since then the question has not been answered yet.
   async regenerate() {
-    const last = this.story.turns.pop();
-    await this.reply(Boolean(last.fault) && !last.text);
+    const { story } = this;
+    const before = story.turns.pop();
+    const turn = await this.reply({ useCache: unanswered(before) });
+    if (turn.text || !before.text || story.turns.at(-1) !== turn) return;
+    story.turns.splice(-1, 1, before);
+    this.hooks.keep(story);
+    if (this.story === story) this.draw();
+    if (turn.fault) this.hooks.say(`No other answer: ${turn.fault}.`);
   }
 
   // What the visitor said becomes something else, and all that followed is gone.
@@ -48,26 +57,40 @@ export class Chat {
     await this.send(text);
   }
 
-  async reply(useCache) {
+  async reply({ useCache }) {
     const { story } = this;
+    const messages = story.turns.filter((turn) => turn.text).slice(-MESSAGES_MAX);
     const body = {
-      messages: story.turns.filter((turn) => turn.text).slice(-MESSAGES_MAX)
-        .map((turn) => ({ role: turn.role, content: turn.text })),
-      emerald: { cache: useCache, choices: story.choices },
+      messages: messages.map((turn) => ({ role: turn.role, content: turn.text })),
+      emerald: { cache: useCache, choices: this.hooks.choices(story) },
     };
     const turn = { role: "assistant", text: "", growing: true };
     story.turns.push(turn);
+    this.hooks.keep(story);
     this.draw();
     this.toEnd();
+    if (document.activeElement === document.body) this.place.lastElementChild.focus(); // what had it is gone
     const growing = new AbortController();
     this.growing = growing;
     this.hooks.busy(true);
-    this.hooks.say("The storyteller is thinking.");
+    this.hooks.say(`${this.persona.name} is thinking.`);
+    await this.hear(body, turn, growing.signal);
+    this.hooks.keep(story);
+    if (this.growing !== growing) return turn; // another story, or another answer, has begun
+    this.growing = null;
+    this.hooks.busy(false);
+    this.hooks.say(turn.stopped ? "Stopped." : "");
+    if (this.story === story) this.finish(turn);
+    return turn;
+  }
+
+  // Lets the turn grow to its end, whatever that is.
+  async hear(body, turn, signal) {
     const heard = {
-      waiting: (message, seconds) => this.hooks.say(`${message}; asking again in ${seconds} s`),
+      waiting: (message, seconds) => this.hooks.say(`${message}; asking again in ${Math.ceil(seconds)} s`),
       origin: (origin) => {
         turn.origin = origin;
-        this.hooks.say("The storyteller is speaking.");
+        this.hooks.say(`${this.persona.name} is speaking.`);
       },
       text: (piece) => {
         turn.text += piece;
@@ -78,27 +101,20 @@ export class Chat {
       },
     };
     try {
-      await answer(body, heard, growing.signal);
-      this.hooks.say("");
+      await answer(body, heard, signal);
     } catch (fault) {
       if (fault.name === "AbortError") turn.stopped = true;
-      else turn.fault = fault.status === undefined ? "the server cannot be reached" : fault.message;
-      this.hooks.say(turn.stopped ? "Stopped." : "");
+      else turn.fault = fault.message;
     }
     delete turn.growing;
-    if (turn.stopped && !turn.text) turn.fault = "stopped before the first word";
-    this.hooks.keep(story);
-    if (this.growing !== growing) return; // another story, or another answer, has begun
-    this.growing = null;
-    this.hooks.busy(false);
-    this.hooks.spoken(turn.fault ?? turn.text);
-    if (this.story === story) this.draw();
   }
 
   draw() {
     const follow = this.nearEnd();
-    const items = this.story.entered && this.greeting ? [this.item({ role: "assistant", text: this.greeting }, -1)] : [];
-    this.place.replaceChildren(...items, ...this.story.turns.map((turn, at) => this.item(turn, at)));
+    const { turns, entered } = this.story;
+    const greets = entered && this.persona.greeting;
+    const items = greets ? [this.item({ role: "assistant", text: this.persona.greeting }, -1)] : [];
+    this.place.replaceChildren(...items, ...turns.map((turn, at) => this.item(turn, at)));
     if (follow) this.toEnd();
   }
 
@@ -115,45 +131,72 @@ export class Chat {
     });
   }
 
+  // The last turn alone is drawn anew: an earlier one may be in an editor.
+  finish(turn) {
+    const follow = this.nearEnd();
+    const old = this.place.lastElementChild;
+    const item = this.item(turn, this.story.turns.length - 1);
+    const focused = old.contains(document.activeElement);
+    old.replaceWith(item);
+    if (focused) item.focus({ preventScroll: true });
+    if (follow) this.toEnd();
+    this.hooks.spoken(turn.fault ?? item.querySelector(".words").innerText);
+  }
+
   item(turn, at) {
-    const item = element("li", { className: `turn ${turn.role}` });
+    const visitor = turn.role === "user";
     const words = element("div", { className: "words" });
-    if (turn.role === "user") words.textContent = turn.text;
+    if (visitor) words.textContent = turn.text;
     else words.replaceChildren(rendered(turn.text));
-    item.append(element("span", { className: "unseen", textContent: turn.role === "user" ? "You:" : "Emerald:" }), words);
-    if (turn.growing) item.ariaBusy = "true";
-    if (turn.fault) item.append(element("p", { className: "fault", textContent: `No answer: ${turn.fault}.` }));
-    if (turn.origin) item.append(element("p", { className: "origin", textContent: described(turn) }));
-    if (at >= 0 && !turn.growing) item.append(this.tools(turn, at, words));
+    const speaker = element("span", { className: "unseen", textContent: visitor ? "You:" : `${this.persona.name}:` });
+    const item = element("li", { className: `turn ${turn.role}`, tabIndex: -1 }, speaker, words);
+    if (turn.growing) {
+      item.ariaBusy = "true";
+      return item;
+    }
+    if (turn.fault) item.append(element("p", { className: "fault", textContent: faultLine(turn) }));
+    else if (turn.stopped && !turn.text) item.append(element("p", { className: "small", textContent: "Stopped." }));
+    const foot = element("div", { className: "foot" });
+    if (turn.origin) foot.append(provenance(turn));
+    if (at >= 0) foot.append(this.tools(turn, at, item, words));
+    item.append(foot);
     return item;
   }
 
-  tools(turn, at, words) {
+  tools(turn, at, item, words) {
     const tools = element("div", { className: "tools" });
-    const add = (textContent, title, onclick) =>
-      tools.append(element("button", { type: "button", className: "plain", textContent, title, onclick }));
+    const add = (label, title, onclick) => tools.append(button(label, onclick, { className: "plain", title }));
     if (turn.text) add("Copy", "Copy this text", () => this.copy(turn.text));
-    if (turn.role === "user") add("Edit", "Change this and go on from here", () => this.editor(words, tools, turn, at));
+    if (turn.role === "user") add("Edit", "Change this and go on from here", () => this.editor(turn, at, item, words));
     else if (at === this.story.turns.length - 1) {
-      if (turn.fault && !turn.text) add("Try again", "Ask again", () => this.regenerate());
+      if (unanswered(turn)) add("Try again", "Ask again", () => this.regenerate());
       else add("Regenerate", "Have the model answer anew", () => this.regenerate());
     }
     return tools;
   }
 
-  editor(words, tools, turn, at) {
+  editor(turn, at, item, words) {
     const box = element("textarea", { value: turn.text, rows: 3, ariaLabel: "Change what you said" });
-    const again = element("button", { type: "button", className: "main", textContent: "Send again" });
-    const cancel = element("button", { type: "button", textContent: "Cancel" });
-    const row = element("div", { className: "options" });
-    again.onclick = () => box.value.trim() && this.edit(at, box.value.trim());
-    cancel.onclick = () => this.draw();
-    box.onkeydown = (event) => {
-      if (event.key === "Escape") this.draw();
+    const send = () => box.value.trim() && this.edit(at, box.value.trim());
+    const cancel = () => {
+      const restored = this.item(turn, at);
+      item.replaceWith(restored);
+      restored.querySelector(".tools button:last-child").focus();
     };
-    row.append(again, cancel);
-    words.replaceChildren(box, row);
-    tools.remove();
+    box.onkeydown = (event) => {
+      if (event.key === "Escape") {
+        event.stopPropagation(); // it would stop a growing answer
+        cancel();
+      }
+      if (entered(event)) {
+        event.preventDefault();
+        send();
+      }
+    };
+    const options = element("div", { className: "options" });
+    options.append(button("Send again", send, { className: "main" }), button("Cancel", cancel));
+    words.replaceChildren(box, options);
+    item.querySelector(".foot").remove();
     box.focus();
   }
 
@@ -176,39 +219,25 @@ export class Chat {
   }
 }
 
-// Where an answer came from and what it cost, in one line.
-export function described({ origin, figures, stopped }) {
-  const parts = [];
-  if (origin.source === "cache") {
-    parts.push(`Ready answer “${origin.entry}”`);
-    if (origin.bound) parts.push(`certified: at most ${percent(origin.bound)} of such answers are wrong`);
-    else parts.push("word for word a known question");
-  } else {
-    parts.push("Written by the model");
-    if (origin.dropped) parts.push(`without the first ${origin.dropped} turns, which its memory has no room for`);
+// Enter sends, with Shift it starts a new line; while a word is composed it ends that word.
+export function entered(event) {
+  return event.key === "Enter" && !event.shiftKey && !event.isComposing;
+}
+
+function unanswered({ text, fault }) {
+  return Boolean(fault) || !text;
+}
+
+function faultLine({ text, fault }) {
+  return text ? `The answer breaks off: ${fault}.` : `No answer: ${fault}.`;
+}
+
+// Where the answer came from, in a line that opens to every figure.
+function provenance(turn) {
+  const summary = element("summary", { textContent: headline(turn) });
+  const list = element("dl");
+  for (const [term, said] of facts(turn)) {
+    list.append(element("dt", { textContent: term }), element("dd", { textContent: said }));
   }
-  if (stopped) parts.push("stopped");
-  if (figures) {
-    const { usage, timings, finish } = figures;
-    if (usage.completion_tokens) parts.push(`${usage.completion_tokens} tokens`);
-    if (timings.tokens_per_second) parts.push(`${Math.round(timings.tokens_per_second)} tokens/s`);
-    parts.push(`first word after ${short(timings.ttft_ms)} ms`);
-    const { joules, joules_low, joules_high, grams_co2e, source } = usage.energy;
-    const range = source === "modelled" ? ` (${short(joules_low)} to ${short(joules_high)}, modelled)` : " (metered)";
-    parts.push(`${short(joules)} J${range}`, `${short(1000 * grams_co2e)} mg CO₂e`);
-    if (finish === "length") parts.push("cut at the longest reply");
-  }
-  return parts.join(" · ");
-}
-
-function percent(share) {
-  return `${(100 * Number(share)).toFixed(1)} %`;
-}
-
-function short(number) {
-  return String(Number(number.toPrecision(2)));
-}
-
-function element(tag, properties = {}) {
-  return Object.assign(document.createElement(tag), properties);
+  return element("details", { className: `origin ${turn.origin.source}` }, summary, list);
 }

@@ -1,7 +1,9 @@
 // Stories in this browser: each under a key of its own, so that two open pages do not overwrite each other's.
 //
 // A story is {id, title, created, choices, entered, turns}. A turn is {role, text} and, for an answer, {origin, figures,
-// fault}; choices are the prologue's, by scene; entered says that the prologue is behind the visitor.
+// stopped, fault}, or {growing} while it is under way; choices are the prologue's, by scene; entered says that the
+// prologue is behind the visitor.
+import { headline } from "/web/origin.js";
 
 const PREFIX = "emerald.story.";
 const TITLE_LENGTH = 48;
@@ -11,6 +13,7 @@ export class FullError extends Error {}
 export class Conversations {
   constructor() {
     this.unkept = new Map(); // what the browser would not store
+    this.removed = new Set(); // an answer that ends after its story was deleted must not bring it back
   }
 
   begin() {
@@ -31,6 +34,7 @@ export class Conversations {
 
   // Throws FullError if the browser refuses; the story then stays with this page until it is closed.
   keep(story) {
+    if (this.removed.has(story.id)) return;
     const asked = story.turns.find((turn) => turn.role === "user");
     if (asked) story.title = asked.text.replace(/\s+/g, " ").slice(0, TITLE_LENGTH);
     try {
@@ -43,6 +47,7 @@ export class Conversations {
   }
 
   remove(id) {
+    this.removed.add(id);
     this.unkept.delete(id);
     try {
       localStorage.removeItem(PREFIX + id);
@@ -53,11 +58,12 @@ export class Conversations {
 }
 
 // A story as Markdown, with the origin of every answer.
-export function asMarkdown(story, described) {
+export function asMarkdown(story) {
   const parts = [`# ${story.title}`];
   for (const turn of story.turns) {
-    parts.push(turn.role === "user" ? `**You:** ${turn.text}` : turn.text);
-    if (turn.origin) parts.push(`*${described(turn)}*`);
+    if (turn.text) parts.push(turn.role === "user" ? `**You:** ${turn.text}` : turn.text);
+    if (turn.fault) parts.push(`*No answer: ${turn.fault}*`);
+    if (turn.origin) parts.push(`*${headline(turn)}*`);
   }
   return parts.join("\n\n") + "\n";
 }

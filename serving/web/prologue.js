@@ -1,85 +1,115 @@
-// The road to the city: written scenes that a visitor walks while the model loads, and whose choices shape the story.
+// The road to the story: written scenes that a visitor walks while the model loads, and whose choices shape the story.
+//
+// Once the story has begun the road folds up above it; whoever opens it again may read it, change a choice or walk on.
+import { button, element } from "/web/element.js";
 
 const LETTERS_PER_SECOND = 55;
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
+// The choices that this prologue still offers: a kept story may be older than the author's last change.
+export function offered({ scenes }, choices) {
+  const known = ({ id, choices: options = [] }) => options.some((option) => option.id === choices[id]);
+  return Object.fromEntries(scenes.filter(known).map(({ id }) => [id, choices[id]]));
+}
+
 export class Prologue {
-  // place is the section to write into; changed(choices) hears of every choice, entered() of the end.
-  constructor(place, { changed, entered }) {
+  // hooks: changed(choices) hears of every choice, entered() of the end, spoken(text) tells a screen reader.
+  constructor(place, hooks) {
     this.place = place;
-    this.changed = changed;
-    this.entered = entered;
+    this.hooks = hooks;
   }
 
-  show({ title, scenes }, choices) {
+  show({ title, scenes }, choices, entered) {
+    this.writing?.stop();
     this.scenes = scenes;
-    this.choices = { ...choices };
-    this.atOnce = calm.matches;
+    this.choices = offered({ scenes }, choices);
     this.reached = 0;
-    const heading = element("h2", { textContent: title });
-    this.road = element("div", { ariaLive: "polite" });
-    this.all = element("button", { type: "button", textContent: "Show all", onclick: () => this.showAll() });
-    this.enter = element("button", { type: "button", textContent: "Skip the road", onclick: () => this.leave() });
-    const tools = element("div", { className: "options" });
-    tools.append(this.all, this.enter);
-    this.place.replaceChildren(heading, this.road, tools);
+    this.taken = element("span", { className: "taken" });
+    this.road = element("div", { className: "road" });
+    this.all = button("Show all", () => this.showAll());
+    this.leave = button("Skip the prologue", () => this.hooks.entered());
+    this.tools = element("div", { className: "options" }, this.all, this.leave);
+    this.fold = element(
+      "details", { open: true },
+      element("summary", {}, element("h2", { textContent: title }), this.taken),
+      this.road, this.tools,
+    );
+    this.place.replaceChildren(this.fold);
     this.place.hidden = false;
     this.next();
     while (this.reached < scenes.length && scenes[this.reached - 1].id in this.choices) this.next();
+    this.tell();
+    if (entered) this.enter();
+  }
+
+  // The story begins: the road folds up.
+  enter() {
+    this.writing?.finish();
+    this.tools.remove();
+    this.fold.open = false;
+    this.place.classList.add("behind");
+  }
+
+  hide() {
+    this.writing?.stop();
+    this.place.classList.remove("behind");
+    this.place.hidden = true;
+    this.place.replaceChildren();
   }
 
   showAll() {
-    this.atOnce = true;
-    this.writing?.finish();
-    while (this.reached < this.scenes.length) this.next();
+    while (this.reached < this.scenes.length) this.next({ atOnce: true });
+    this.writing.finish();
     this.all.hidden = true;
+    this.leave.focus({ preventScroll: true });
   }
 
-  next() {
+  next({ atOnce = calm.matches } = {}) {
     this.writing?.finish();
     const scene = this.scenes[this.reached++];
     const box = element("div", { className: "scene" });
     this.road.append(box);
     const last = this.reached === this.scenes.length;
-    this.writing = new Writing(box, scene.text.trim().split(/\n\s*\n/), this.atOnce, () => {
-      box.append(this.question(scene));
-      if (last) {
-        this.all.hidden = true;
-        this.enter.textContent = "Enter the city";
-        this.enter.className = "main";
-      }
+    this.writing = new Writing(box, scene.text.trim().split(/\n\s*\n/), atOnce, () => {
+      if (scene.choices) box.append(this.question(scene));
+      if (last) this.atTheEnd();
     });
-    if (this.reached > 1) box.scrollIntoView({ block: "start", behavior: calm.matches ? "auto" : "smooth" });
+    return box;
+  }
+
+  atTheEnd() {
+    this.all.hidden = true;
+    this.leave.textContent = "Begin the story";
+    this.leave.className = "main";
+  }
+
+  // The visitor chose, and the road goes on; a screen reader hears the next scene whole.
+  walkOn() {
+    const box = this.next();
+    const { text, question } = this.scenes[this.reached - 1];
+    this.hooks.spoken(question ? `${text} ${question}` : text);
+    box.scrollIntoView({ block: "start", behavior: calm.matches ? "auto" : "smooth" });
   }
 
   question(scene) {
-    if (!scene.choices) return "";
-    const group = element("fieldset");
     const options = element("div", { className: "options" });
-    group.append(element("legend", { textContent: scene.question }), options);
     for (const choice of scene.choices) {
-      const button = element("button", { type: "button", textContent: choice.label });
-      button.ariaPressed = String(this.choices[scene.id] === choice.id);
-      button.onclick = () => {
-        for (const other of options.children) other.ariaPressed = String(other === button);
+      const option = button(choice.label, () => {
+        for (const other of options.children) other.ariaPressed = String(other === option);
         this.choices[scene.id] = choice.id;
-        this.changed({ ...this.choices });
-        if (this.scenes[this.reached - 1] === scene && this.reached < this.scenes.length) this.next();
-      };
-      options.append(button);
+        this.tell();
+        this.hooks.changed({ ...this.choices });
+        if (this.scenes[this.reached - 1] === scene && this.reached < this.scenes.length) this.walkOn();
+      });
+      option.ariaPressed = String(this.choices[scene.id] === choice.id);
+      options.append(option);
     }
-    return group;
+    return element("fieldset", {}, element("legend", { textContent: scene.question }), options);
   }
 
-  leave() {
-    this.hide();
-    this.entered();
-  }
-
-  hide() {
-    this.writing?.stop();
-    this.place.hidden = true;
-    this.place.replaceChildren();
+  tell() {
+    const chosen = (scene) => scene.choices?.find((choice) => choice.id === this.choices[scene.id]);
+    this.taken.textContent = this.scenes.map(chosen).filter(Boolean).map((choice) => choice.label).join(" · ");
   }
 }
 
@@ -90,12 +120,10 @@ class Writing {
     this.parts = paragraphs.map((text) => {
       const written = document.createTextNode("");
       const unwritten = element("span", { className: "unwritten", textContent: text });
-      const paragraph = element("p");
-      paragraph.append(written, unwritten);
-      box.append(paragraph);
+      box.append(element("p", {}, written, unwritten));
       return { text, written, unwritten };
     });
-    box.onclick = () => this.finish();
+    box.addEventListener("click", () => this.finish());
     if (atOnce) this.finish();
     else this.frame = requestAnimationFrame((start) => this.write(start, start));
   }
@@ -128,8 +156,4 @@ class Writing {
     this.finished = true;
     cancelAnimationFrame(this.frame);
   }
-}
-
-function element(tag, properties = {}) {
-  return Object.assign(document.createElement(tag), properties);
 }

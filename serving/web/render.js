@@ -1,4 +1,5 @@
 // Markdown that a model wrote, as a document fragment in which nothing runs, loads or submits.
+import { element } from "/web/element.js";
 import DOMPurify from "/web/vendor/purify.es.mjs";
 import { marked } from "/web/vendor/marked.esm.js";
 
@@ -9,6 +10,7 @@ const ALLOWED = {
   ],
   ALLOWED_ATTR: ["href", "start"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
+  ADD_URI_SAFE_ATTR: ["start"], // a number, to which that expression would be applied too
   ALLOW_ARIA_ATTR: false,
   ALLOW_DATA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,
@@ -36,7 +38,13 @@ DOMPurify.addHook("afterSanitizeAttributes", (node) => {
 });
 
 export function rendered(markdown) {
-  return DOMPurify.sanitize(marked.parse(markdown), ALLOWED);
+  try {
+    return DOMPurify.sanitize(marked.parse(markdown), ALLOWED);
+  } catch (fault) {
+    // Thousands of nested quotes exhaust the parser's stack: such a text is shown as it came.
+    console.warn("shown as plain text:", fault.message);
+    return element("p", { className: "plain-text", textContent: markdown });
+  }
 }
 
 function escaped(text) {

@@ -1,44 +1,41 @@
 // The server as this page knows it: whether it is ready, its prologue, and answers as they come.
 
+const POLL_MS = 200;
 const PATIENCE_MS = 1000;
+const CUT = "the connection was cut";
 
 export class ServerError extends Error {
-  constructor(status, message, retryAfter) {
+  constructor(status, message, retryAfter = null) {
     super(message);
-    this.status = status;
-    this.retryAfter = retryAfter; // seconds, or null: then trying again is of no use
+    this.status = status; // 0 if there was none
+    this.retryAfter = retryAfter; // seconds, or null: then trying again by itself is of no use
   }
 }
 
-// {status, progress}; progress goes from 0 to 1.
-export async function readiness() {
-  const answer = await fetch("/health/ready");
-  return answer.json();
-}
-
-// Calls tell(readiness) until the model is ready or has failed.
+// Calls tell({status, progress}) until the model is ready or has failed, and returns the last; progress goes from 0 to 1.
 export async function untilReady(tell) {
   for (;;) {
     let state = { status: "unreachable", progress: 0 };
     try {
-      state = await readiness();
+      state = await (await fetch("/health/ready")).json();
     } catch {
       // not listening, or restarting
     }
     tell(state);
     if (state.status !== "loading" && state.status !== "unreachable") return state;
-    await pause(state.status === "loading" ? 150 : PATIENCE_MS);
+    await pause(state.status === "loading" ? POLL_MS : PATIENCE_MS);
   }
 }
 
-// {persona, prologue, model}; waits while the server opens its ready answers.
+// {persona, prologue, model}; waits while the server cannot be reached or opens its ready answers.
 export async function prologue() {
   for (;;) {
-    const answer = await fetch("/prologue");
-    if (answer.ok) return answer.json();
-    const fault = await refused(answer);
-    if (fault.retryAfter === null) throw fault;
-    await pause(150);
+    try {
+      return await (await accepted("/prologue")).json();
+    } catch (fault) {
+      if (fault.status && fault.retryAfter === null) throw fault;
+      await pause(fault.status ? POLL_MS : PATIENCE_MS);
+    }
   }
 }
 
@@ -51,32 +48,42 @@ export async function answer(body, heard, signal) {
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new ServerError(500, chunk.error.message, null);
+    if (chunk.error) throw new ServerError(500, chunk.error.message);
     const choice = chunk.choices[0];
     if (choice?.delta.content) heard.text(choice.delta.content);
     finish = choice?.finish_reason ?? finish;
     if (chunk.usage) heard.figures(chunk, finish);
   }
-  throw new ServerError(0, "the connection was cut before the answer ended", null);
+  throw new ServerError(0, CUT);
 }
 
 async function admitted(body, heard, signal) {
   for (;;) {
-    const response = await fetch("/v1/chat/completions", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
-      signal,
-    });
-    if (response.ok) return response;
-    const fault = await refused(response);
-    if (fault.retryAfter === null) throw fault;
-    heard.waiting(fault.message, fault.retryAfter);
-    await pause(1000 * fault.retryAfter, signal);
+    try {
+      return await accepted("/v1/chat/completions", {
+        method: "POST",
+        headers: { "Content-Type": "application/json" },
+        body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+        signal,
+      });
+    } catch (fault) {
+      if (fault.name === "AbortError" || fault.retryAfter === null) throw fault;
+      heard.waiting(fault.message, fault.retryAfter);
+      await pause(1000 * fault.retryAfter, signal);
+    }
   }
 }
 
-async function refused(response) {
+// A response that is no error; throws ServerError or AbortError.
+async function accepted(path, options) {
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch (fault) {
+    if (fault.name === "AbortError") throw fault;
+    throw new ServerError(0, "the server cannot be reached");
+  }
+  if (response.ok) return response;
   let message = `the server answered with status ${response.status}`;
   try {
     message = (await response.json()).error.message;
@@ -84,14 +91,13 @@ async function refused(response) {
     // a proxy's page, not the server's error
   }
   const after = response.headers.get("Retry-After");
-  return new ServerError(response.status, message, after === null ? null : Math.max(0.2, Number(after) || 1));
+  throw new ServerError(response.status, message, after === null ? null : Math.max(0.2, Number(after) || 1));
 }
 
 function origin(headers) {
   return {
     source: headers.get("X-Emerald-Source"),
     entry: headers.get("X-Emerald-Entry"),
-    tier: headers.get("X-Emerald-Tier"),
     certificate: headers.get("X-Emerald-Certificate"),
     bound: headers.get("X-Emerald-False-Hit-Bound"),
     miss: headers.get("X-Emerald-Miss"),
@@ -105,7 +111,7 @@ async function* events(stream) {
   let rest = "";
   try {
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await next(reader);
       if (done) return;
       const parts = (rest + value).split("\n\n");
       rest = parts.pop();
@@ -116,7 +122,16 @@ async function* events(stream) {
   }
 }
 
-export function pause(milliseconds, signal) {
+async function next(reader) {
+  try {
+    return await reader.read();
+  } catch (fault) {
+    if (fault.name === "AbortError") throw fault;
+    throw new ServerError(0, CUT);
+  }
+}
+
+function pause(milliseconds, signal) {
   return new Promise((resolve, reject) => {
     const timer = setTimeout(resolve, milliseconds);
     signal?.addEventListener("abort", () => {

@@ -28,6 +28,7 @@ export class Sound {
     const { context, volume } = this;
     this.context = null;
     volume.gain.cancelScheduledValues(context.currentTime);
+    volume.gain.setValueAtTime(volume.gain.value, context.currentTime); // from where the rise had come, without a click
     volume.gain.setTargetAtTime(0, context.currentTime, FADE_S / 4);
     setTimeout(() => context.close(), 1000 * FADE_S);
   }

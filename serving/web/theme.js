@@ -1,13 +1,32 @@
 // Light or dark, before the first paint: what the visitor chose here, else what the system says.
-const THEME = "emerald.theme";
+{
+  const KEY = "emerald.theme";
+  const root = document.documentElement;
+  const system = matchMedia("(prefers-color-scheme: dark)");
 
-function setTheme(theme) {
-  if (theme) document.documentElement.dataset.theme = theme;
-  else delete document.documentElement.dataset.theme;
-}
+  try {
+    root.dataset.theme = localStorage.getItem(KEY) ?? "";
+  } catch {
+    // storage is blocked: the system's theme it is
+  }
 
-try {
-  setTheme(localStorage.getItem(THEME));
-} catch {
-  // storage is blocked: the system's theme it is
+  const dark = () => (root.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
+
+  document.addEventListener("DOMContentLoaded", () => {
+    const toggle = document.getElementById("theme");
+    const tell = () => {
+      toggle.ariaPressed = String(dark());
+    };
+    toggle.onclick = () => {
+      root.dataset.theme = dark() ? "light" : "dark";
+      tell();
+      try {
+        localStorage.setItem(KEY, root.dataset.theme);
+      } catch {
+        // it holds until the page is closed
+      }
+    };
+    system.onchange = tell;
+    tell();
+  });
 }

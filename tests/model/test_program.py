@@ -117,7 +117,7 @@ def test_engine_says_what_it_is(engine_folder: Path, reference: Network) -> None
     engine, manifest = Engine.load(engine_folder), json.loads((engine_folder / "manifest.json").read_text())
     assert (engine.context, engine.model_id) == (CONTEXT, "tiny")
     assert (manifest["cpu"], manifest["torch"], manifest["packing"]) == (family(), torch_version(), kernel())
-    programs = {f"{name}.pt2" for name in PROGRAMS}
+    programs = {f"{name}.so" for name in PROGRAMS}
     assert set(manifest["files"]) == {KERNELS, "weights-00001.safetensors", "tokenizer.json", "chat.json", *programs}
     qkv = {"group": 32, "inputs": 128, "outputs": 256, "planes": 1}
     head = {"group": 32, "inputs": 128, "outputs": 512, "planes": 2}
@@ -147,7 +147,7 @@ def test_engine_holds_every_weight_once(folders: tuple[Path, Path]) -> None:
     assert ("embedding" in tensors) == (not one_table)
     assert sum(tensor.nbytes for tensor in tensors.values()) == read + table
     assert CompiledModel(folder).bytes_per_token == read
-    stored = sum(path.stat().st_size for path in folder.iterdir() if path.suffix not in (".pt2", ".so", ".json"))
+    stored = sum(path.stat().st_size for path in folder.iterdir() if path.suffix not in (".so", ".json"))
     assert stored < read + table + 8192
 
 
@@ -226,7 +226,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("name", ["weights-00001.safetensors", KERNELS, *(f"{name}.pt2" for name in PROGRAMS)])
+@pytest.mark.parametrize("name", ["weights-00001.safetensors", KERNELS, *(f"{name}.so" for name in PROGRAMS)])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -283,7 +283,7 @@ def test_family_that_this_machine_cannot_run_is_refused(int4: Path, tmp_path: Pa
 def test_compiling_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match=r"no C\+\+ compiler 'no-such-compiler': install g\+\+"):
-        compile_module(RootMeanSquare(), (torch.ones(1, 8),), None, tmp_path / "program.pt2")
+        compile_module(RootMeanSquare(), (torch.ones(1, 8),), None, tmp_path / "program.so")
 
 
 # Processes that serve
@@ -404,7 +404,7 @@ for threads in (1, 2, 3, 16):
 
 def test_program_runs_with_any_number_of_threads(tmp_path: Path) -> None:
     """Compiled by two threads and served by sixteen: in a process of its own, since a fault would end it."""
-    path = tmp_path / "program.pt2"
+    path = tmp_path / "program.so"
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -422,5 +422,5 @@ def test_compiling_leaves_the_environment_alone(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
     monkeypatch.setattr("torch.export.export", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("stopped")))
     with pytest.raises(RuntimeError, match="stopped"):
-        compile_module(RootMeanSquare(), (torch.ones(1, 8),), None, tmp_path / "program.pt2")
+        compile_module(RootMeanSquare(), (torch.ones(1, 8),), None, tmp_path / "program.so")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"

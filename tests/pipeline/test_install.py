@@ -3,10 +3,13 @@
 import json
 import platform
 import sys
+from pathlib import Path
 
 import pytest
 
 from pipeline import install
+from pipeline.install import Environment
+from tests.conftest import ROOT
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
@@ -33,12 +36,12 @@ def offline(monkeypatch: pytest.MonkeyPatch, packages: list[str]) -> list[tuple[
     """No CPU index, and an index that would install `packages`; returns the calls of pip."""
     calls: list[tuple[str, ...]] = []
 
-    def pip(*arguments: str, capture: bool = False) -> str:
+    def pip(_environment: Environment, *arguments: str, capture: bool = False) -> str:
         calls.append(arguments)
         return json.dumps({"install": [{"metadata": {"name": name}} for name in packages]}) if capture else ""
 
     monkeypatch.setattr(install, "_reachable", lambda _url: False)
-    monkeypatch.setattr(install, "_pip", pip)
+    monkeypatch.setattr(Environment, "pip", pip)
     return calls
 
 
@@ -46,18 +49,34 @@ def test_cuda_packages_are_never_installed_unasked(monkeypatch: pytest.MonkeyPat
     calls = offline(monkeypatch, ["torch", "nvidia-cublas", "triton"])
     monkeypatch.delenv(install.ALLOW_CUDA, raising=False)
     with pytest.raises(install.SetupError, match=r"2 CUDA packages \(nvidia-cublas and others\)"):
-        install._install_torch("9.9.9")
+        Environment(Path(sys.prefix)).install_torch("9.9.9")
     assert [call[:2] for call in calls] == [("install", "--dry-run")]
 
 
 def test_cuda_packages_are_installed_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = offline(monkeypatch, ["torch", "nvidia-cublas"])
     monkeypatch.setenv(install.ALLOW_CUDA, "1")
-    install._install_torch("9.9.9")
+    Environment(Path(sys.prefix)).install_torch("9.9.9")
     assert calls[-1] == ("install", "--quiet", "torch==9.9.9")
 
 
 def test_a_cpu_build_of_the_configured_index_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = offline(monkeypatch, ["torch", "sympy"])
-    install._install_torch("9.9.9")
+    Environment(Path(sys.prefix)).install_torch("9.9.9")
     assert calls[-1] == ("install", "--quiet", "torch==9.9.9")
+
+
+def test_serving_gets_its_own_dependencies_in_locked_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = offline(monkeypatch, ["torch"])
+    assert install.main(["--serving", str(tmp_path / "venv")]) == 0
+    asked = calls[-1]
+    assert asked[:4] == (
+        "install",
+        "--quiet",
+        "--constraint",
+        str(ROOT / f"requirements/linux-{platform.machine()}.txt"),
+    )
+    assert {"torch", "fastapi", "faiss-cpu"} <= set(asked)
+    assert not {"pytest", "sentence-transformers", "docker"} & set(asked)
+    assert (tmp_path / "venv/bin/python").exists()
+    assert not (tmp_path / "venv/bin/pip").exists()

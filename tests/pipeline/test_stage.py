@@ -149,6 +149,72 @@ def test_damaged_input_is_rebuilt_before_it_is_read(built_tree: Path) -> None:
     require_whole(build)
 
 
+def test_an_output_that_nobody_must_read_may_be_gone(built_tree: Path) -> None:
+    build = built_tree / "build/embedded"
+    (build / "joined.txt").unlink()
+    ended = cli("run", "count", folder=built_tree)
+    assert ended.states == {"join": "unchanged", "count": "unchanged"}
+    assert not (build / "joined.txt").exists()
+    assert cli("run", folder=built_tree).states == {"join": "ran", "count": "unchanged", "apart": "unchanged"}
+    require_whole(build)
+
+
+@pytest.mark.parametrize("again", [["--set", "savings.reply_tokens=99"], ["--force"]])
+def test_an_output_that_is_gone_is_made_again_for_a_stage_that_must_run(built_tree: Path, again: list[str]) -> None:
+    (built_tree / "build/embedded/joined.txt").unlink()
+    assert cli("run", "count", *again, folder=built_tree).states == {"join": "ran", "count": "ran"}
+    require_whole(built_tree / "build/embedded")
+
+
+def test_what_is_published_of_a_stage_is_all_that_later_stages_need_elsewhere(built_tree: Path, tmp_path: Path) -> None:
+    build, other = built_tree / "build/embedded", tmp_path / "other/embedded"
+    _, *kept = cli("key", "join", folder=built_tree).out.splitlines()
+    assert kept == ["build/embedded/joined.txt", "build/embedded/.receipts/join.json"]
+    for path in map(built_tree.joinpath, kept):
+        place = other / path.relative_to(build)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(path.read_bytes())
+    assert cli("run", "count", "--build", other, folder=built_tree).states == {"join": "unchanged", "count": "ran"}
+    # of both together nothing but the receipts is read by others
+    assert [Path(path).name for path in cli("key", "count", folder=built_tree).out.splitlines()[1:]] == [
+        "join.json",
+        "count.json",
+    ]
+
+
+def test_a_check_runs_nothing_and_names_what_is_out_of_date(built_tree: Path) -> None:
+    (built_tree / "build/embedded/joined.txt").unlink()
+    assert cli("run", "count", "--check", folder=built_tree).code == 0
+    flip(built_tree / "build/embedded/counted/1.txt")
+    ended = cli("run", "count", "--check", folder=built_tree)
+    assert ended.code == 1
+    assert "count is out of date: output counted is missing or not what this stage wrote" in ended.err
+    assert not (built_tree / "build/embedded/joined.txt").exists()
+    assert cli("run", "count", "--check", "--set", "export.context_tokens=100", folder=built_tree).code == 1
+
+
+def test_verdicts_as_markdown(built_tree: Path) -> None:
+    table = cli("status", "--markdown", folder=built_tree).out
+    assert "| ✅ | words | | 3 | at most 150 |" in table
+    assert cli("run", "--set", "savings.reply_tokens=2", folder=built_tree).code == 1
+    assert "| ❌ | words | | 3 | at most 2 |" in cli("status", "--markdown", folder=built_tree).out
+
+
+def test_a_key_is_known_before_anything_runs_and_changes_with_what_is_read(tree: Path, tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    before = cli("key", "count", "--github-output", outputs, folder=tree).out.splitlines()
+    assert outputs.read_text() == "\n".join(
+        [f"key={before[0]}", "paths<<END_OF_PATHS", *before[1:], "END_OF_PATHS", ""]
+    )
+    assert cli("run", folder=tree).code == 0
+    assert cli("key", "count", folder=tree).out.splitlines() == before
+    for change in (["--set", "savings.reply_tokens=99"], ["--set", "export.context_tokens=100"]):
+        assert cli("key", "count", *change, folder=tree).out.splitlines()[0] != before[0]
+    assert cli("key", "apart", *change, folder=tree).out == cli("key", "apart", folder=tree).out
+    (tree / "notes/b.txt").write_text("four")
+    assert cli("key", "count", folder=tree).out.splitlines()[0] != before[0]
+
+
 def test_kill_between_publishing_and_receipt_recovers(built_tree: Path) -> None:
     build = built_tree / "build/embedded"
     receipt_of(build, "count").unlink()

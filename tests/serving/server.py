@@ -70,14 +70,19 @@ def wait_until_ready(port: int) -> None:
     raise AssertionError("the server was not ready within a minute")
 
 
+def figure(port: int, name: str) -> float:
+    """Sum of the values of /metrics whose line begins so; 0 if nothing was counted."""
+    lines = call(port, "GET", "/metrics")[2].splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+
 def call(
     port: int, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, str], str]:
     """Status, headers in lower case, and text of one request."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     content = body if isinstance(body, (str, bytes)) else None if body is None else json.dumps(body)
-    connection.request(method, path, content, {"Content-Type": "application/json", **(headers or {})})
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+        connection.request(method, path, content, {"Content-Type": "application/json", **(headers or {})})
+        answer = connection.getresponse()
+        text = answer.read().decode()
     return answer.status, {name.lower(): value for name, value in answer.getheaders()}, text

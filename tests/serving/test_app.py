@@ -284,7 +284,7 @@ def test_ready_answers_come_while_the_model_loads(embedded_build: Path, tmp_path
     engine.mkdir()
     for file in (embedded_build / "engine").iterdir():
         (engine / file.name).symlink_to(file)
-    held = engine / "head.pt2"
+    held = engine / "head.so"
     held.unlink()
     os.mkfifo(held)
     with serving(tmp_path) as server:

@@ -52,8 +52,8 @@ def test_a_damaged_embedder_is_no_miss(embedded_build: Path, cache: Cache, tmp_p
     folder = Path(shutil.copytree(embedded_build / "embedder", tmp_path / "embedder"))
     opened = Cache(embedded_build / "cache", Embedder(folder))
     assert admit(opened, embedded_build / "certificate.json") is not None
-    with (folder / "program.pt2").open("r+b") as file:
+    with (folder / "program.so").open("r+b") as file:
         file.seek(1000)
         file.write(b"damage")
-    with pytest.raises(InputError, match=r"program\.pt2: SHA-256 .* found, .* expected"):
+    with pytest.raises(InputError, match=r"program\.so: SHA-256 .* found, .* expected"):
         opened.lookup("What would the scarecrow have said to that?")

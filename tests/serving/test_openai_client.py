@@ -120,6 +120,47 @@ def test_a_seed_repeats_and_limits_and_penalties_are_honoured(client: OpenAI) ->
     plain = client.chat.completions.create(**greedy).choices[0].message.content
     penalised = client.chat.completions.create(**greedy, frequency_penalty=2.0, presence_penalty=2.0)
     assert penalised.choices[0].message.content != plain
+    repeated = client.chat.completions.create(**greedy, extra_body={"repetition_penalty": 2.0})
+    assert repeated.choices[0].message.content != plain
+
+
+@pytest.mark.parametrize("wish", [{"top_p": 1e-6}, {"extra_body": {"top_k": 1}}, {"extra_body": {"min_p": 1.0}}])
+def test_a_choice_of_one_token_is_the_greedy_one_however_hot(client: OpenAI, wish: dict[str, Any]) -> None:
+    hot = {**GREEDY, "temperature": 1.9, "seed": 3}
+    greedy = client.chat.completions.create(**GREEDY, n=1).choices[0].message.content
+    assert client.chat.completions.create(**hot, **wish).choices[0].message.content == greedy
+    assert client.chat.completions.create(**hot).choices[0].message.content != greedy
+
+
+def test_the_async_client_streams_and_counts_as_the_other_does(server: Server, client: OpenAI) -> None:
+    usage: Any = {"stream": True, "stream_options": {"include_usage": True}}
+    told = client.chat.completions.create(**GREEDY)
+    gone_on = client.completions.create(model="emerald", prompt="Once upon a", max_tokens=8, temperature=0)
+
+    async def streamed() -> tuple[str, int, str, int]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=60) as own:
+            chat = [chunk async for chunk in await own.chat.completions.create(**GREEDY, **usage)]
+            asked: Any = {"model": "emerald", "prompt": "Once upon a", "max_tokens": 8, "temperature": 0}
+            plain = [chunk async for chunk in await own.completions.create(**asked, **usage)]
+        assert chat[-1].usage is not None and plain[-1].usage is not None
+        return (
+            "".join(choice.delta.content or "" for chunk in chat for choice in chunk.choices),
+            chat[-1].usage.completion_tokens,
+            "".join(choice.text for chunk in plain for choice in chunk.choices),
+            plain[-1].usage.completion_tokens,
+        )
+
+    assert told.usage is not None and gone_on.usage is not None
+    whole = (told.choices[0].message.content, told.usage.completion_tokens)
+    assert asyncio.run(streamed()) == (*whole, gone_on.choices[0].text, gone_on.usage.completion_tokens)
+
+
+def test_an_error_carries_openais_fields(client: OpenAI) -> None:
+    with pytest.raises(BadRequestError) as refused:
+        client.chat.completions.create(**{**GREEDY, "logit_bias": {"5": 1}})
+    assert (refused.value.status_code, refused.value.type) == (400, "invalid_request_error")
+    assert refused.value.param == "logit_bias"
+    assert isinstance(refused.value.body, dict) and set(refused.value.body) == {"message", "type", "param", "code"}
 
 
 @pytest.mark.parametrize(

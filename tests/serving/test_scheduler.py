@@ -3,12 +3,13 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
-from model.engine import Engine, Piece
+from model.engine import Engine, Piece, Reply
 from model.errors import InputError
 from model.sampling import LogitsError, Sampling
 from serving.scheduler import ClosingError, OutOfTimeError, QueueFullError, Scheduler, Ticket
@@ -85,6 +86,23 @@ def test_replies_at_once_are_those_made_alone(engine: Engine, start: Callable[..
     assert idle(scheduler)
     assert all(one.ticket.tokens == 24 and one.ticket.cpu_seconds > 0 for one in asked)
     assert all((one.ticket.ttft_s or 0) > 0 and (one.ticket.tpot_s or 0) > 0 for one in asked)
+
+
+def test_lookups_of_one_thread_leave_the_model_its_threads(
+    engine: Engine, start: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, step, seen = start(), Engine.step, set[int]()
+
+    def watched(self: Engine, replies: Sequence[Reply]) -> object:
+        seen.add(torch.get_num_threads())
+        return step(self, replies)
+
+    monkeypatch.setattr(Engine, "step", watched)
+    lookup = threading.Thread(target=torch.set_num_threads, args=(1,))
+    lookup.start()
+    lookup.join()
+    assert Asked(scheduler, engine, PROMPTS[0]).text()
+    assert seen == {2}
 
 
 def test_a_known_prompt_is_reused_and_counted(engine: Engine, start: Callable[..., Scheduler]) -> None:

@@ -1,0 +1,94 @@
+# The image that answers people: python -m pipeline.image build (or make image).
+#
+# Layers go from what changes least to what changes most, so that whoever pulls a new answer or a mended line of code pulls
+# megabytes: system, Python packages, weights, cache, code. The archives are written by pipeline/image/layers.py with fixed
+# dates and owners, and what is installed here is dated back too, so that the same inputs give the same layers on any
+# machine and a registry that has them is sent nothing.
+
+# Python 3.11.16: the index of all architectures, as Docker's official images list it (repo-info, September 2026).
+ARG BASE=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
+# The same with what a network behind a proxy needs to install packages: certificates, pip's settings. None of it stays.
+ARG BUILDER=${BASE}
+
+
+FROM ${BUILDER} AS packages
+COPY pyproject.toml /setup/
+COPY requirements /setup/requirements
+COPY pipeline/install.py /setup/pipeline/
+ARG SOURCE_DATE_EPOCH=315532800
+# What serving never opens goes: C++ headers, test programs and test suites, half of what PyTorch weighs. Bytecode is
+# compiled once here, since a read-only root cannot keep it, and trusts its source whatever its date.
+RUN PIP_NO_COMPILE=1 PIP_NO_CACHE_DIR=1 python3 /setup/pipeline/install.py --serving /opt/emerald \
+    && cd /opt/emerald/lib/python3*/site-packages \
+    && rm -rf torch/include torch/test torch/share torch/lib/*test*.so torch/lib/libbackend_with_compiler.so \
+        torch/testing/_internal/py312_intrinsics.py \
+    && find torch/bin -mindepth 1 ! -name torch_shm_manager -delete \
+    && find . -type d -name tests -prune -exec rm -rf {} + \
+    && /opt/emerald/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/emerald/lib \
+    && /opt/emerald/bin/python -c "import faiss, fastapi, tokenizers, torch, uvicorn, uvloop" \
+    && find /opt/emerald -exec touch --no-dereference --date=@$SOURCE_DATE_EPOCH {} +
+
+
+FROM ${BASE} AS serve
+ARG SOURCE_DATE_EPOCH=315532800
+# tini forwards signals and reaps; tcmalloc serves many threads with less waiting and less memory than the C library.
+# What the base has is emptied, not removed: a layer dates its mark of a removed file, and nothing can date that back.
+RUN touch /before \
+    && apt-get update -qq \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends libtcmalloc-minimal4 tini >/dev/null \
+    && ln -s /usr/lib/*-linux-gnu/libtcmalloc_minimal.so.4 /usr/local/lib/libtcmalloc_minimal.so.4 \
+    && echo 'emerald:x:10001:10001::/nonexistent:/usr/sbin/nologin' >>/etc/passwd \
+    && echo 'emerald:x:10001:' >>/etc/group \
+    && apt-get clean \
+    && rm -f /var/lib/apt/lists/*_* \
+    && find /var/log /var/cache /var/lib/dpkg -type f -newer /before '(' -name '*.log*' -o -name '*-old' -o -name aux-cache ')' \
+        -exec truncate --size=0 {} + \
+    && find / -xdev -newer /before ! -path '/proc*' ! -path '/sys*' ! -path '/dev*' \
+        -exec touch --no-dereference --date=@$SOURCE_DATE_EPOCH {} + \
+    && rm /before
+COPY --from=packages /opt/emerald /opt/emerald
+# Each below 2 GB, which registries and runners take without trouble; a small model leaves all but the first empty.
+ADD weights-1.tar /
+ADD weights-2.tar /
+ADD weights-3.tar /
+ADD weights-4.tar /
+ADD cache.tar /
+ADD code.tar /
+RUN python3 -m compileall -q --invalidation-mode unchecked-hash /emerald/model /emerald/serving \
+    && find /emerald/model /emerald/serving -newermt @$SOURCE_DATE_EPOCH \
+        -exec touch --no-dereference --date=@$SOURCE_DATE_EPOCH {} +
+ENV PATH=/opt/emerald/bin:$PATH \
+    PYTHONPATH=/emerald \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    LD_PRELOAD=/usr/local/lib/libtcmalloc_minimal.so.4 \
+    TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD=1000000000000 \
+    EMERALD_BUILD=/emerald/build \
+    HOST=0.0.0.0 \
+    PORT=8000
+WORKDIR /emerald
+USER 10001:10001
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=15s --start-period=120s --retries=3 CMD ["python", "-S", "-c", \
+    "import http.client, os, sys; server = http.client.HTTPConnection('127.0.0.1', int(os.environ['PORT']), timeout=10); server.request('GET', '/health/ready'); sys.exit(server.getresponse().status != 200)"]
+# 143 is a server that was asked to end, and did.
+ENTRYPOINT ["tini", "-e", "143", "--"]
+CMD ["python", "-m", "serving", "serve"]
+
+
+FROM packages AS lambda-packages
+RUN PIP_NO_COMPILE=1 PIP_NO_CACHE_DIR=1 python3 -m pip --disable-pip-version-check install --quiet \
+        --target /opt/lambda --requirement /setup/requirements/lambda.txt \
+        --constraint /setup/requirements/linux-$(uname -m).txt \
+    && python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/lambda \
+    && find /opt/lambda -exec touch --no-dereference --date=@$SOURCE_DATE_EPOCH {} +
+
+
+# The same on AWS Lambda, which has its own way to start, to ask and to end.
+FROM serve AS lambda
+COPY --from=lambda-packages /opt/lambda /opt/lambda
+ENV PYTHONPATH=/emerald:/opt/lambda
+LABEL com.amazonaws.lambda.feature.snapstart="Allow"
+HEALTHCHECK NONE
+ENTRYPOINT []
+CMD ["python", "-m", "awslambdaric", "serving.lambda_handler.handler"]

@@ -1,0 +1,71 @@
+"""One issue for one trouble, on GitHub: opened when it begins, renewed while it lasts, closed when it is over.
+
+An issue is found again by its label, so a trouble that lasts a month is one issue with a comment for every day on which
+something about it changed, and not thirty issues.
+"""
+
+import os
+from typing import Any
+
+import requests
+
+from model.errors import InputError
+
+SECONDS = 30.0
+"""How long GitHub may take to answer."""
+
+
+class Repository:
+    """The repository whose workflow this is, through GitHub's REST interface."""
+
+    def __init__(self, url: str, name: str, token: str) -> None:
+        self._issues = f"{url}/repos/{name}/issues"
+        self._session = requests.Session()
+        self._session.headers.update({
+            "Accept": "application/vnd.github+json",
+            "Authorization": f"Bearer {token}",
+            "X-GitHub-Api-Version": "2022-11-28",
+        })  # fmt: skip
+
+    @classmethod
+    def of_this_run(cls) -> "Repository":
+        """From what GitHub Actions sets. Raises InputError elsewhere, and without a token."""
+        missing = [name for name in ("GITHUB_REPOSITORY", "GITHUB_TOKEN") if not os.environ.get(name)]
+        if missing:
+            raise InputError(f"{missing[0]} is not set: in a workflow, pass `GITHUB_TOKEN: ${{{{ github.token }}}}`")
+        url = os.environ.get("GITHUB_API_URL", "https://api.github.com")
+        return cls(url, os.environ["GITHUB_REPOSITORY"], os.environ["GITHUB_TOKEN"])
+
+    def tell(self, label: str, title: str, trouble: str | None) -> str:
+        """Opens, renews or closes the one issue of that label; `trouble` is None when all is well. Says what it did."""
+        found = self._call("GET", self._issues, params={"labels": label, "state": "open"})
+        known = next((issue for issue in found if "pull_request" not in issue), None)
+        if trouble is None and known is None:
+            return "all is well, and no issue is open"
+        if known is None:
+            made = self._call("POST", self._issues, {"title": title, "body": trouble, "labels": [label]})
+            return f"opened {made['html_url']}"
+        place = f"{self._issues}/{known['number']}"
+        if trouble is None:
+            self._call("POST", f"{place}/comments", {"body": "All is well again."})
+            self._call("PATCH", place, {"state": "closed", "state_reason": "completed"})
+            return f"closed {known['html_url']}"
+        if known["body"] == trouble:
+            return f"{known['html_url']} says it already"
+        self._call("PATCH", place, {"title": title, "body": trouble})
+        self._call("POST", f"{place}/comments", {"body": trouble})
+        return f"renewed {known['html_url']}"
+
+    def _call(self, method: str, url: str, body: object = None, params: dict[str, str] | None = None) -> Any:
+        try:
+            answer = self._session.request(method, url, json=body, params=params, timeout=SECONDS)
+        except requests.RequestException as fault:
+            raise InputError(f"GitHub cannot be reached at {url} ({type(fault).__name__}): run again later") from fault
+        if answer.status_code in (401, 403, 404):
+            raise InputError(
+                f"GitHub refuses {method} {url} with {answer.status_code}: the job needs `permissions: issues: write`, "
+                "and the repository must have issues switched on"
+            )
+        if not answer.ok:
+            raise InputError(f"GitHub answers {method} {url} with {answer.status_code}: run again later")
+        return answer.json()

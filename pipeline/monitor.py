@@ -1,0 +1,116 @@
+"""The published image as its users get it: python -m pipeline.monitor check | tell.
+
+`check` pulls what a tag names today, runs every check of `python -m pipeline.image verify` on it, and compares how fast
+it speaks with what its latency gate measured when it was built. `tell` opens, renews or closes the one issue about it.
+So a registry that lost a layer, a certificate that no longer fits, a base that was swapped or a generation of runners
+that halves the speed is found by the maintainer before it is found by a visitor.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from model.artifact import read_json
+from model.errors import InputError
+from pipeline.forge import Repository as Forge
+from pipeline.image.contents import read_contents
+from pipeline.image.engine import engine
+from pipeline.image.registry import Registry, Repository, check_tag
+from pipeline.image.transfer import pull
+from pipeline.image.verify import Verdict, verify
+from pipeline.progress import say
+from pipeline.verdict import Check, write_report
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+SPEED_SHARE_MIN = 0.5
+"""Of the decode speed at the gate. Runners are shared and differ; a program that took a slow path loses more."""
+LABEL, TITLE = "canary", "The published image does not pass its checks"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 all is well, 1 a check failed, 2 bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except InputError as fault:
+        say(f"error: {fault}")
+        return BAD_INPUT
+
+
+def check(options: argparse.Namespace) -> int:
+    """Pulls what a tag names, checks it, and writes the report."""
+    name, _, tag = options.image.rpartition(":")
+    repository = Repository.parse(name)
+    digest = Registry(repository).digest_of(check_tag(tag))
+    if digest is None:
+        raise InputError(f"{options.image}: the registry has no such tag; promote an image to it first")
+    with engine() as client:
+        image = pull(client, f"{name}@{digest}", None)
+        verdict = verify(client, image, digest, cpuinfo=None, patience=options.patience)
+        gate = read_contents(client, image).json("build/reports/latency.json")
+    compare_speed(verdict, gate)
+    write_report(options.report, "canary", verdict.checks, reasons=verdict.reasons, image=options.image, digest=digest)
+    text = described(read_json(options.report))
+    say(text)
+    if options.summary:
+        with options.summary.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    return DONE if verdict.passed else FAILED
+
+
+def compare_speed(verdict: Verdict, gate: dict[str, Any]) -> None:
+    """Adds the check of decode speed against what the latency gate measured, in tokens per second."""
+    now = verdict.facts.get("answers", {}).get("miss", {}).get("tokens_per_second")
+    if now is None:
+        return  # it never was ready or said nothing, which is a check that failed already
+    then = gate["decode_tokens_per_s"]
+    verdict.checks.append(
+        Check(name="decode speed, share of its gate's", value=now / then, limit=SPEED_SHARE_MIN, bound="at least")
+    )
+    if now / then < SPEED_SHARE_MIN:
+        verdict.reasons.append(f"it decodes {now:.1f} tokens/s, and {then:.1f} when it was built")
+
+
+def described(report: dict[str, Any]) -> str:
+    """A report as Markdown: what failed and why, or that nothing did."""
+    failed = [check for check in report["checks"] if not check["passed"]]
+    lines = [f"`{report['image']}` is `{report['digest']}`.", ""]
+    if not failed:
+        return "\n".join([*lines, f"All {len(report['checks'])} checks passed."])
+    lines += ["| failed | found | limit |", "|---|---:|---:|"]
+    lines += [f"| {one['name']} | {one['value']:.4g} | {one['bound']} {one['limit']:.4g} |" for one in failed]
+    return "\n".join([*lines, "", *(f"- {reason}" for reason in report["reasons"])])
+
+
+def tell(options: argparse.Namespace) -> int:
+    """Opens, renews or closes the issue; without a report the check itself came to nothing, which is trouble too."""
+    if options.report.exists():
+        report = read_json(options.report)
+        trouble = None if report["passed"] else described(report)
+    else:
+        trouble = "The check came to no verdict: its job's log says why."
+    say(Forge.of_this_run().tell(LABEL, TITLE, trouble))
+    return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.monitor", description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    checked = commands.add_parser("check", help="pull, check, compare", description=check.__doc__)
+    checked.set_defaults(command=check)
+    checked.add_argument("image", help="REPOSITORY:TAG")
+    checked.add_argument(
+        "--report", type=Path, required=True, metavar="FILE", help="where to write every check, as JSON"
+    )
+    checked.add_argument("--summary", type=Path, metavar="FILE", help="Markdown to append to, such as a job's summary")
+    checked.add_argument("--patience", type=float, default=600, metavar="SECONDS", help="for loading (default: 600)")
+    told = commands.add_parser("tell", help="open, renew or close the issue", description=tell.__doc__)
+    told.set_defaults(command=tell)
+    told.add_argument("report", type=Path, help="what check wrote")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+#!/usr/bin/env bash
+# Runs a command with a Docker engine at hand:
+#
+#     tests/image/engine.sh amd64 .venv/bin/python -m pytest tests/image        (arm64: emulated on an x86-64 machine)
+#
+# Where an engine answers, the command gets that one, and images are built on the Dockerfile's own base. Elsewhere
+# Debian's packages become an engine of this run alone, with its data in build/docker and its socket in a new folder,
+# stopped when the command ends. It knows no hub, so the base is made here too, by debootstrap, once. Such machines often
+# reach package indexes by ways of their own (proxies, certificates, mirrors): pip of this machine, which knows them,
+# brings the wheels into the image in which packages are installed, and nothing of that is in the image that is built.
+#
+# The command finds DOCKER_HOST, and in EMERALD_IMAGE_ARGUMENTS what "python -m pipeline.image build" needs here.
+set -euo pipefail
+
+SUITE=bookworm PYTHON=3.11 GLIBC=36 # a Debian release, and the Python and the minor version of glibc 2 it ships
+PACKAGES=ca-certificates,python3,python3-pip,python3-venv
+HOME_FOLDER=build/docker
+declare -A MACHINES=([amd64]=x86_64 [arm64]=aarch64)
+
+main() {
+    [ $# -ge 2 ] && [ -n "${MACHINES[$1]-}" ] || stop "usage: tests/image/engine.sh amd64|arm64 COMMAND..."
+    arch=$1 machine=${MACHINES[$1]}
+    shift
+    cd "$(dirname "$0")/../.."
+    arguments=""
+    if [ "$machine" != "$(uname -m)" ]; then
+        arguments="--platform linux/$arch"
+        [ "$machine" = aarch64 ] || stop "only arm64 is emulated here"
+        register_emulator
+    fi
+    if docker version >/dev/null 2>&1; then
+        say "using the engine that answers"
+        EMERALD_IMAGE_ARGUMENTS=$arguments exec "$@"
+    fi
+    [ "$(id -u)" = 0 ] || stop "no Docker engine answers, and starting one needs root: put sudo before the command"
+    need_tools
+    start_engine
+    make_base
+    make_builder
+    EMERALD_IMAGE_ARGUMENTS="$arguments --base $base --builder $builder --network host" "$@"
+}
+
+need_tools() {
+    local tool
+    [ -x .venv/bin/python ] || stop "no .venv: run make setup"
+    for tool in dockerd docker-registry debootstrap; do
+        command -v $tool >/dev/null || install docker.io docker-registry debootstrap debian-archive-keyring
+    done
+}
+
+install() {
+    command -v apt-get >/dev/null || stop "install what Debian calls $*"
+    say "installing $*"
+    apt-get update -qq
+    apt-get install -qq -y --no-install-recommends "$@" >/dev/null
+}
+
+# The client that came with the engine: a newer one refuses to build with it.
+docker() { /usr/bin/docker "$@"; }
+
+start_engine() {
+    mkdir -p $HOME_FOLDER
+    exec 9>$HOME_FOLDER/lock
+    flock --nonblock 9 || stop "another run is at work in $HOME_FOLDER: wait for it"
+    run=$(mktemp -d /run/emerald-docker.XXXXXX)
+    export DOCKER_HOST=unix://$run/docker.sock
+    trap stop_engine EXIT
+    dockerd --data-root "$PWD/$HOME_FOLDER/data" --exec-root "$run/exec" --pidfile "$run/pid" --host "$DOCKER_HOST" \
+        --bridge none --iptables=false --ip6tables=false >$HOME_FOLDER/dockerd.log 2>&1 9>&- &
+    engine=$!
+    for _ in $(seq 100); do
+        docker version >/dev/null 2>&1 && return
+        kill -0 $engine 2>/dev/null || break
+        sleep 0.2
+    done
+    stop "the engine did not start: see $HOME_FOLDER/dockerd.log"
+}
+
+stop_engine() {
+    kill $engine 2>/dev/null && wait $engine || true
+    rm -rf "$run"
+}
+
+# made IMAGE: whether the engine has it. Names carry a digest of what the image is made of.
+made() { docker image inspect "$1" >/dev/null 2>&1; }
+
+make_base() {
+    base=emerald-base:$arch-$({ declare -f make_base; echo $SUITE $PACKAGES; } | sha256sum | head -c 12)
+    made "$base" && return
+    local root=$HOME_FOLDER/root-$arch
+    say "making a base image of Debian $SUITE for $arch (some minutes, once)"
+    rm -rf $root
+    debootstrap --arch=$arch --variant=minbase --include=$PACKAGES $SUITE $root >$root.log 2>&1 ||
+        stop "debootstrap failed: see $root.log"
+    rm -rf $root/var/cache/apt/archives/*.deb $root/var/lib/apt/lists/* $root/usr/share/man $root/usr/share/locale
+    tar --directory $root --create . | docker import --platform linux/$arch - "$base" >/dev/null
+    rm -rf $root
+}
+
+make_builder() {
+    local inputs=(pyproject.toml requirements/linux-$machine.txt)
+    [ -f requirements/lambda.txt ] && inputs+=(requirements/lambda.txt)
+    builder=emerald-builder:$arch-$({ declare -f make_builder locked; echo "$base"; cat "${inputs[@]}"; } | sha256sum | head -c 12)
+    made "$builder" && return
+    local folder=$HOME_FOLDER/builder-$arch minor tags=(--platform "manylinux2014_$machine")
+    say "bringing the wheels of requirements/linux-$machine.txt that serving needs"
+    for minor in $(seq 17 $GLIBC); do tags+=(--platform "manylinux_2_${minor}_$machine"); done
+    mkdir -p $folder/wheels
+    rm -f $folder/wheels/*
+    locked >$folder/wanted.txt
+    .venv/bin/python -m pip --disable-pip-version-check download -q --no-deps --only-binary=:all: "${tags[@]}" \
+        --python-version $PYTHON --dest $folder/wheels --requirement $folder/wanted.txt
+    printf '[global]\nno-index = true\nfind-links = /wheels\n' >$folder/pip.conf
+    printf 'FROM %s\nCOPY wheels /wheels\nCOPY pip.conf /etc/pip.conf\n' "$base" >$folder/Dockerfile
+    DOCKER_BUILDKIT=0 docker build -q --platform linux/$arch -t "$builder" $folder >/dev/null
+}
+
+# The pins of this architecture for all that serving and Lambda need. pip says what that is on this machine; the locks
+# differ in versions, not in names.
+locked() {
+    .venv/bin/python - "$machine" <<'PYTHON'
+import json, platform, re, subprocess, sys, tomllib
+from pathlib import Path
+
+def lock(machine):
+    return Path(f"requirements/linux-{machine}.txt")
+
+def plain(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+pins = dict(line.split("==") for line in lock(sys.argv[1]).read_text().splitlines() if "==" in line)
+pins = {plain(name): version for name, version in pins.items()}
+asked = tomllib.loads(Path("pyproject.toml").read_text())["project"]["dependencies"]
+extra = Path("requirements/lambda.txt")
+command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
+command += ["--constraint", str(lock(platform.machine())), *asked, *(["--requirement", str(extra)] if extra.exists() else [])]
+found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)["install"]
+for package in (item["metadata"] for item in found):
+    print(f"{package['name']}=={pins.get(plain(package['name']), package['version'].partition('+')[0])}")
+PYTHON
+}
+
+register_emulator() {
+    [ "$(id -u)" = 0 ] || stop "emulating $arch needs root: put sudo before the command"
+    command -v qemu-aarch64-static >/dev/null || install qemu-user-static
+    local table=/proc/sys/fs/binfmt_misc
+    [ -e $table/register ] || mount -t binfmt_misc binfmt_misc $table || stop "the kernel has no binfmt_misc"
+    grep -qs '^flags:.*F' $table/qemu-aarch64 || cat /usr/lib/binfmt.d/qemu-aarch64.conf >$table/register
+}
+
+say() { echo "engine: $*" >&2; }
+
+stop() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+main "$@"

