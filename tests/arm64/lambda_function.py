@@ -93,6 +93,7 @@ def write_embedder(folder: Path) -> Path:
     BertModel(size).save_pretrained(bert)
     layer = Transformer(str(bert), max_seq_length=128)
     SentenceTransformer(modules=[layer, Pooling(64, pooling_mode="mean")], device="cpu").save(str(folder / "whole"))
+    (folder / "whole/source.json").write_text(json.dumps({"model_id": "tiny", "licence": "none"}))
     return folder / "whole"
 
 
