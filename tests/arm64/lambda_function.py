@@ -104,6 +104,8 @@ def write_cache(trained: Path, data: Path, made: Path, cpu: str) -> None:
     entry = {"id": "road", "answer": "To the city.", "phrasings": [QUESTION, *(f"Road {n}?" for n in range(8))]}
     documents: dict[str, object] = {
         "entries/road.yaml": [entry],
+        "contrast/near_misses.yaml": [{"question": "Whose road is it?", "kind": "question-type", "near": "road"}],
+        "contrast/out_of_domain.yaml": [{"question": "Good morning!", "kind": "chit-chat"}],
         "persona.yaml": {"name": "Tiny", "greeting": "Hello.", "system_prompt": "Be brief."},
         "prologue.yaml": {"title": "A road", "scenes": [{"id": "start", "text": "You wake up."}]},
     }
@@ -166,8 +168,9 @@ def answer() -> None:
         assert management.faults == []
         manifest = json.loads((Path(scratch) / "build/engine/manifest.json").read_text())
         packing, seconds = manifest["packing"], time.monotonic() - start
+    place = "with /sys" if POSSIBLE.exists() else "without /sys"
     print(
-        f"made on {expected['made on']}, served on {family()} without /sys in {seconds:.0f} s: {packing} packing, "
+        f"made on {expected['made on']}, served on {family()} {place} in {seconds:.0f} s: {packing} packing, "
         f"{len(expected['text'])} characters as they were there, embedder's cosine {cosine:.7f}"
     )
 
