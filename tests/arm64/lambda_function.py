@@ -136,7 +136,7 @@ def answer() -> None:
     """Serves the archive on standard input through Lambda's handler, and compares."""
     with tempfile.TemporaryDirectory() as scratch, managing() as management:
         with tarfile.open(fileobj=io.BytesIO(sys.stdin.buffer.read())) as archive:
-            archive.extractall(scratch, filter="data")
+            archive.extractall(scratch)  # our own archive; Debian's Python 3.11.2 knows no filter
         expected = json.loads((Path(scratch) / "expected.json").read_text())
         os.environ |= {
             "EMERALD_BUILD": f"{scratch}/build",
