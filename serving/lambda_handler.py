@@ -46,6 +46,7 @@ BEAT_SECONDS = 1.0
 PROTOCOL, KEY_PREFIX = "emerald", "emerald.key."
 """Browsers cannot set headers on a WebSocket: they offer these two as its subprotocols, the key behind the prefix."""
 BROKEN = "something went wrong on the server; its log says what"
+UNKNOWN = "this is no event of a WebSocket API, an HTTP API or a function URL"
 LATE = "the server is still starting; try again in a moment"
 Answer = dict[str, Any]
 
@@ -77,7 +78,7 @@ class Environment:
         try:
             around = event.get("requestContext") if isinstance(event, dict) else None
             if not isinstance(around, dict):
-                raise EventError("this is no event of a WebSocket API, an HTTP API or a function URL")
+                raise EventError(UNKNOWN)
             if "connectionId" in around:
                 return self._websocket(event, around, context)
             return self._http(event, around, context)
@@ -184,8 +185,7 @@ class Environment:
             frames.send("scene", scene=scene)
 
     def _http(self, event: Answer, around: Answer, context: Context) -> Answer:
-        if "http" not in around and "httpMethod" not in event:
-            raise EventError("this is no event of a WebSocket API, an HTTP API or a function URL")
+        _check_http(event, around)
         left = allowance(LOADING_SECONDS, context.get_remaining_time_in_millis(), awaited=True)
         service = self._begun.result(left)
         application = self._application(_settings(self.settings, around))
@@ -214,11 +214,22 @@ def _settings(settings: Settings, around: Answer) -> Settings:
     return settings
 
 
+def _check_http(event: Answer, around: Answer) -> None:
+    """EventError unless an event has, as text, what the application takes for text that a server has read."""
+    request = around.get("http", {"method": event.get("httpMethod"), "path": event.get("path")})
+    headers = event.get("headers") or {}
+    if not isinstance(request, dict) or not isinstance(headers, dict):
+        raise EventError(UNKNOWN)
+    texts = [request.get("method"), request.get("path"), *headers.values()]
+    if not all(isinstance(text, str) and text.encode(errors="ignore").decode() == text for text in texts):
+        raise EventError(UNKNOWN)
+
+
 def _called(application: Callable[[Any, Any], Answer], event: Answer, context: Context) -> Answer:
     """The application's answer; EventError if the event cannot be read. A stream is marked as come in one piece."""
     try:
         answer = application(event, context)
-    except (AttributeError, KeyError, TypeError, ValueError) as fault:  # the adapter's: the application's are answers
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as fault:  # the application's are answers
         raise EventError(f"this HTTP event cannot be read ({type(fault).__name__})") from fault
     if answer["headers"].get("content-type", "").startswith("text/event-stream"):
         answer["headers"]["x-emerald-stream"] = "in one piece"

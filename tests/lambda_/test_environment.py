@@ -9,6 +9,8 @@ import pytest
 
 from serving.websocket import allowance
 from tests.conftest import ROOT
+from tests.lambda_ import events
+from tests.lambda_.management import Management
 
 RESTORED = """
 import json, os, random, uuid, torch
@@ -52,6 +54,21 @@ heavy = {"torch", "numpy", "faiss", "fastapi", "pydantic", "tokenizers", "mangum
 assert not heavy, heavy
 """
 
+STARTING = """
+import json, sys, threading
+start = threading.Thread.start
+threading.Thread.start = lambda thread: None if thread.name == "begin" else start(thread)
+import serving.lambda_handler as entry
+
+class Context:
+    def get_remaining_time_in_millis(self):
+        return 6_000
+
+print(json.dumps(entry.handler(json.loads(sys.argv[1]), Context())))
+assert "torch" not in sys.modules
+"""
+"""A process whose imports never end."""
+
 WITHOUT = """
 import sys
 class Missing:
@@ -63,10 +80,11 @@ import {module}
 """
 
 
-def run(code: str, build: Path) -> str:
+def run(code: str, build: Path, *arguments: str, **variables: str) -> str:
     """What a Python of its own prints."""
-    environment = {"EMERALD_BUILD": str(build), "PATH": "/usr/bin:/bin", "AWS_REGION": "us-east-1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment = {"EMERALD_BUILD": str(build), "PATH": "/usr/bin:/bin", "AWS_REGION": "us-east-1", **variables}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -88,6 +106,19 @@ def test_no_snapshot_is_taken_of_a_model_that_cannot_load(tmp_path: Path) -> Non
 
 def test_init_imports_nothing_heavy(tmp_path: Path) -> None:
     run(LIGHT, tmp_path)
+
+
+def test_the_prologue_needs_nothing_heavy(embedded_build: Path, management: Management) -> None:
+    variables = {
+        "AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI": management.url,
+        "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
+        "AWS_SECRET_ACCESS_KEY": "example",
+    }
+    run(STARTING, embedded_build, json.dumps(events.prologue("starting")), **variables)
+    frames = management.received("starting")
+    kinds, scenes = [frame["type"] for frame in frames], frames[0]["scenes"]
+    assert kinds[: 1 + scenes] == ["prologue", *["scene"] * scenes]
+    assert (frames[-1]["type"], frames[-1]["status"], frames[-1]["retry_after"]) == ("error", 503, 1)
 
 
 @pytest.mark.parametrize(

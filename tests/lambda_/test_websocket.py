@@ -98,6 +98,8 @@ def test_a_conversation(embedded_build: Path, management: Management, http_port:
         assert [frame["type"] for frame in frames] == ["origin", "chunk", "chunk"]
         assert management.posts[at] == len(management.frames[at]) + 1, "nothing is posted after the 410"
         assert tokens_logged(function, at) < 200
+        figures = function.invoke(events.http("GET", "/metrics", authorization=f"Bearer {KEY}"))["body"]
+        assert "vllm:num_requests_running 0.0" in figures, "its place is free when the invocation ends"
         assert function.invoke(events.websocket("$disconnect", at)) == {"statusCode": 200}
 
         assert text_of(asked(function, management, events.chat("next", STORY)))
@@ -212,7 +214,7 @@ def test_a_reply_ends_with_its_time(embedded_build: Path, management: Management
             frames = asked(function, management, events.chat(f"hurry-{attempt}", STORY, max_tokens=512))
             if frames[-1]["type"] == "done":
                 break
-            assert (frames[-1]["status"], frames[-1]["retry_after"]) == (503, 1)
+            assert (frames[-1]["status"], frames[-1]["retry_after"] > 0) == (503, True)
             assert frames[-1]["error"]["type"] == "overloaded_error"
         assert frames[-2]["data"]["choices"][0]["finish_reason"] == "length"
         assert frames[-1]["usage"]["completion_tokens"] < 512
