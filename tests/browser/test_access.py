@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.test_inert import answers
 from tests.browser.slowed import by_moments
+from tests.browser.test_inert import answers
 from tests.browser.visit import PHONE, Visit
 from tests.serving.server import Server
 
