@@ -259,7 +259,7 @@ def test_time_that_runs_out_cuts_the_reply(embedded_build: Path) -> None:
     with serving(embedded_build, EMERALD_REPLY_SECONDS="0.5", EMERALD_RUNNING="1") as server:
         wait_until_ready(server.port)
         with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            long: Any = {**GREEDY, "max_tokens": 512, "temperature": 1.5, "stop": "no such text"}
+            long: Any = {**GREEDY, "max_tokens": 512, "temperature": 1.5, "seed": 1, "stop": "no such text"}
             reply = client.chat.completions.create(**long)
             assert reply.choices[0].finish_reason == "length"
             assert reply.usage is not None and 0 < reply.usage.completion_tokens < 512
