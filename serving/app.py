@@ -30,6 +30,7 @@ from serving.energy import Energy, EnergyModel
 from serving.errors import ERROR_TYPES, error_body
 from serving.faults import FORESEEN, ClientGoneError, PerKeyError, described
 from serving.metrics import Metrics
+from serving.prologue import badge
 from serving.protocol import (
     ChatRequest,
     DetokenizeRequest,
@@ -163,7 +164,8 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     @app.get("/prologue")
     async def prologue() -> dict[str, Any]:
         """What a visitor sees while the model loads."""
-        return {**service.opened().prologue(), "model": service.opened().model_id}
+        shown = service.opened().prologue()
+        return {**shown, "model": service.opened().model_id, "badge": badge(Path(service.settings.build))}
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

@@ -32,7 +32,7 @@ from snapshot_restore_py import register_after_restore, register_before_snapshot
 from model.errors import InputError
 from serving.errors import error_body
 from serving.keys import key_bytes, key_name, presented_key
-from serving.prologue import model_id, read_prologue
+from serving.prologue import badge, model_id, read_prologue
 from serving.settings import Settings
 from serving.websocket import GATEWAY_SECONDS, Frames, GoneError, Poster, UnsentError, allowance, named
 
@@ -176,11 +176,11 @@ class Environment:
         """One frame for what surrounds the scenes and one for each, as each has to fit a frame."""
         build = Path(self.settings.build)
         try:
-            shown, model = read_prologue(build), model_id(build)
+            shown, model, words = read_prologue(build), model_id(build), badge(build)
         except InputError:  # which is why the service will not load, and it says so
             return
         title, scenes = shown["prologue"]["title"], shown["prologue"]["scenes"]
-        frames.send("prologue", persona=shown["persona"], title=title, scenes=len(scenes), model=model)
+        frames.send("prologue", persona=shown["persona"], title=title, scenes=len(scenes), model=model, badge=words)
         for scene in scenes:
             frames.send("scene", scene=scene)
 

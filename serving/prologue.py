@@ -7,6 +7,9 @@ from typing import Any
 from model.artifact import MANIFEST, REMEDY, read_json, read_manifest
 from model.errors import InputError
 
+BADGES = (("llama", "Built with Llama"),)
+"""What a licence wants shown to whoever talks to the model, by the start of the licence's name (Llama 3.1, 1.b.i)."""
+
 
 def visible(persona: Mapping[str, str], prologue: Mapping[str, Any]) -> dict[str, Any]:
     """Persona and prologue as visitors see them: what a choice tells the model stays here."""
@@ -35,3 +38,9 @@ def read_prologue(build: Path) -> dict[str, Any]:
 def model_id(build: Path) -> str:
     """The model's name, which its folder tells before it is loaded and verified."""
     return str(read_json(build / "engine" / MANIFEST, REMEDY).get("model_id", "unnamed"))
+
+
+def badge(build: Path) -> str:
+    """What the model's licence wants to be seen on the page; empty if nothing."""
+    licence = str(read_json(build / "engine" / MANIFEST, REMEDY).get("licence", ""))
+    return next((words for start, words in BADGES if licence.startswith(start)), "")

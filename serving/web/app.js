@@ -180,6 +180,7 @@ async function begin() {
     road = told.prologue;
     chat.persona = told.persona;
     part("model").textContent = told.model;
+    part("badge").textContent = told.badge;
     document.title = told.persona.name;
     document.querySelector("h1").textContent = told.persona.name;
     if (!busy) chat.draw();

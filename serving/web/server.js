@@ -27,7 +27,7 @@ export async function untilReady(tell) {
   }
 }
 
-// {persona, prologue, model}; waits while the server cannot be reached or opens its ready answers.
+// {persona, prologue, model, badge}; waits while the server cannot be reached or opens its ready answers.
 export async function prologue() {
   for (;;) {
     try {

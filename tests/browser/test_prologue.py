@@ -1,6 +1,8 @@
 """The prologue: told while the model loads, and heard by it afterwards."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from playwright.sync_api import Browser, Response, expect
 from tests.browser.slowed import slowed
 from tests.browser.visit import Visit, visiting
 from tests.conftest import ROOT
-from tests.serving.server import Server, call
+from tests.serving.server import Server, call, serving, wait_until_ready
 
 Opened = Callable[..., Visit]
 PROLOGUE = yaml.safe_load((ROOT / "cache_data/prologue.yaml").read_text(encoding="utf-8"))
@@ -51,6 +53,21 @@ def test_it_is_told_while_the_model_loads_and_flows_on(chromium: Browser, embedd
         visit.begin()
         expect(visit.hear("I look about me.")).to_contain_text("Told by the model")
         assert visit.asked[-1]["emerald"]["choices"] == {"road": "lantern", "companion": "nobody"}
+
+
+def test_what_the_licence_wants_seen_is_seen(chromium: Browser, embedded_build: Path, tmp_path: Path) -> None:
+    """Of this engine, and of one whose manifest names Llama's licence."""
+    llama = tmp_path / "build"
+    shutil.copytree(embedded_build, llama, copy_function=os.link, ignore=shutil.ignore_patterns("int4", "trained"))
+    manifest = json.loads((llama / "engine/manifest.json").read_text(encoding="utf-8"))
+    (llama / "engine/manifest.json").unlink()
+    (llama / "engine/manifest.json").write_text(json.dumps({**manifest, "licence": "llama3.1"}))
+    for build, words in ((embedded_build, ""), (llama, "Built with Llama")):
+        with serving(build) as server, visiting(chromium, server.url) as visit:
+            wait_until_ready(server.port)
+            visit.page.goto(server.url)
+            expect(visit.page.locator("#model")).to_have_text(manifest["model_id"])
+            expect(visit.page.locator("#badge")).to_have_text(words)
 
 
 def test_a_ready_answer_comes_and_others_wait_while_the_model_loads(chromium: Browser, embedded_build: Path) -> None:
