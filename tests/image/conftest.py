@@ -46,9 +46,14 @@ class Ended(NamedTuple):
 
 
 def image_cli(*arguments: str | Path, **environment: str) -> Ended:
-    """Runs `python -m pipeline.image`; its errors are joined to one line."""
+    """Runs `python -m pipeline.image`."""
+    return run_module("pipeline.image", *arguments, **environment)
+
+
+def run_module(module: str, *arguments: str | Path, **environment: str) -> Ended:
+    """Runs `python -m MODULE`."""
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.image", *map(str, arguments)],
+        [sys.executable, "-m", module, *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,

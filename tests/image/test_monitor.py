@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from docker.models.images import Image
 
-from pipeline import monitor
-from tests.image.conftest import EMULATED, Registry, image_cli
+from tests.image.conftest import EMULATED, image_cli, registry_at, run_module
 from tests.image.test_image import Change, failed
 
 FASTER = """USER 0
@@ -17,20 +16,19 @@ USER 10001:10001"""
 
 
 @pytest.mark.skipif(EMULATED != [], reason="the canary runs on the architecture of its image")
-def test_what_a_tag_names_is_pulled_and_compared_with_its_gate(
-    image: Image, changed: Change, registry: Registry, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_tag_names_is_pulled_and_compared_with_its_gate(image: Image, changed: Change, tmp_path: Path) -> None:
     report, summary = tmp_path / "canary.json", tmp_path / "summary.md"
-    for tag, pushed, code in (("sound", image, monitor.DONE), ("slow", changed(FASTER), monitor.FAILED)):
-        promoted = image_cli("push", str(pushed.id), registry.repository, "--as", tag)
-        assert promoted.code == 0, promoted.err
-        name = f"{registry.repository}:{tag}"
-        assert monitor.main(["check", name, "--report", str(report), "--summary", str(summary)]) == code
-        assert json.loads(report.read_text())["digest"] == promoted.out
-        said = summary.read_text()
-        assert f"`{name}` is `{promoted.out}`" in said
-    assert "checks passed" in said
+    with registry_at(tmp_path, password=False) as registry:
+        for tag, pushed, code in (("sound", image, 0), ("slow", changed(FASTER), 1)):
+            candidate = image_cli("push", str(pushed.id), registry.repository, "--as", tag)
+            assert candidate.code == 0, candidate.err
+            name = f"{registry.repository}:{tag}"
+            ended = run_module("pipeline.monitor", "check", name, "--report", report, "--summary", summary)
+            assert ended.code == code
+            assert json.loads(report.read_text())["digest"] == candidate.out
+            assert f"`{name}` is `{candidate.out}`" in summary.read_text()
+        ended = run_module("pipeline.monitor", "check", f"{registry.repository}:none", "--report", report)
+    assert (ended.code, "has no such tag" in ended.err) == (2, True)
+    assert "checks passed" in summary.read_text()
+    assert "when it was built" in summary.read_text()
     assert failed(report) == {"decode speed, share of its gate's"}
-    assert "when it was built" in said
-    assert monitor.main(["check", f"{registry.repository}:none", "--report", str(report)]) == monitor.BAD_INPUT
-    assert "has no such tag" in capfd.readouterr().err
