@@ -55,7 +55,7 @@ test-arm64-kernels: ## the quick part of test-arm64: KleidiAI's packing and prod
 
 loadtest: setup ## 64 clients for ten minutes, a fifth hanging up, then random arrivals; ARGS="--clients 16 --seconds 60"
 	@$(RUN) -m pipeline run export certify_cache --config $(CONFIG)
-	@$(RUN) -m pipeline.loadtest --build build/$(CONFIG) $(ARGS)
+	@$(RUN) -m pipeline.bench.loadtest --build build/$(CONFIG) $(ARGS)
 
 test-resilience: setup ## kill the whole pipeline at ten random moments and compare what it builds
 	@$(RUN) -m pytest tests/resilience $(ARGS)
@@ -84,26 +84,26 @@ format: setup ## rewrite the code in the house style
 bench: setup ## both schemes beside llama.cpp, torch and the machine's limits (first run builds llama.cpp)
 	@$(RUN) -m pipeline run export --config $(CONFIG) $(ARGS)
 	@$(RUN) -m pipeline run export --config $(CONFIG) --build build/$(CONFIG)-channel --set quantize.scheme=int4-channel
-	@$(RUN) -m pipeline.bench --config $(CONFIG) --build build/$(CONFIG) build/$(CONFIG)-channel
+	@$(RUN) -m pipeline.bench.engine --config $(CONFIG) --build build/$(CONFIG) build/$(CONFIG)-channel
 
 count-arm64: setup ## instructions per decoded token on emulated Arm, with KleidiAI and without (needs root)
 	@tests/arm64/count.sh
 
 bench-quality: setup ## our recipes beside torchao's and llama.cpp's int4, on the embedded model
 	@$(RUN) -m pipeline run fetch --config $(CONFIG)
-	@$(RUN) -m pipeline.bench_quality --config $(CONFIG)
+	@$(RUN) -m pipeline.bench.quality --config $(CONFIG)
 
 bench-cache: setup ## the cache's decision beside its peers', and what a lookup costs
 	@$(RUN) -m pipeline run certify_cache --config $(CONFIG) $(ARGS)
-	@$(RUN) -m pipeline.bench_cache --build build/$(CONFIG)
+	@$(RUN) -m pipeline.bench.cache --build build/$(CONFIG)
 
 bench-server: setup ## the server beside llama.cpp's and its own engine, ready answers, restart (first run builds llama.cpp)
 	@$(RUN) -m pipeline run export certify_cache --config $(CONFIG)
-	@$(RUN) -m pipeline.bench_server --config $(CONFIG) --build build/$(CONFIG) $(ARGS)
+	@$(RUN) -m pipeline.bench.server --config $(CONFIG) --build build/$(CONFIG) $(ARGS)
 
 bench-8b: setup ## quantize, export and serve at Llama 3.1 8B's size, with synthetic weights (40 GB of disk, half an hour)
 	@$(RUN) -m pipeline run fetch
-	@$(RUN) -m pipeline.bench_8b $(ARGS)
+	@$(RUN) -m pipeline.bench.eight_billion $(ARGS)
 
 LM_EVAL := $(RUN) -m pip install --quiet --requirement requirements/tasks.txt \
 	--constraint requirements/linux-$(shell uname -m).txt
@@ -111,7 +111,7 @@ TASKS ?= arc_easy,hellaswag
 bench-tasks: setup ## int4 beside the reference, question by question; TASKS=arc_easy,hellaswag ARGS="--limit 200"
 	@$(LM_EVAL)
 	@$(RUN) -m pipeline run quantize --config $(CONFIG)
-	@$(RUN) -m pipeline.bench_tasks --config $(CONFIG) --tasks $(TASKS) $(ARGS)
+	@$(RUN) -m pipeline.bench.tasks --config $(CONFIG) --tasks $(TASKS) $(ARGS)
 
 test-tasks: setup ## the comparison through lm-evaluation-harness, on a task of our own
 	@$(LM_EVAL)
@@ -139,7 +139,7 @@ test-workflows: setup ## execute the workflows with act, from push to promotion,
 
 bench-torchchat: setup ## the real torchchat beside us; TORCHCHAT_DIR=path of a checkout
 	@$(RUN) -m pipeline run export --config $(CONFIG)
-	@$(RUN) -m pipeline.torchchat --build build/$(CONFIG) $(ARGS)
+	@$(RUN) -m pipeline.bench.torchchat --build build/$(CONFIG) $(ARGS)
 
 test-8b: setup ## the configuration llama31-8b, whole, in 16 GB of memory and 14 GB of disk (needs root)
 	@$(RUN) -m pipeline run fetch

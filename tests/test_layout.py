@@ -34,7 +34,8 @@ def test_imports_point_one_way(package: str) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_package_files_stay_empty(package: str) -> None:
-    assert (ROOT / package / "__init__.py").read_text(encoding="utf-8") == ""
+    for file in (ROOT / package).rglob("__init__.py"):
+        assert file.read_text(encoding="utf-8") == "", file
 
 
 def test_serving_needs_no_training_library() -> None:
@@ -53,10 +54,11 @@ def test_readme_shows_the_stage_table() -> None:
 def test_readme_shows_every_file_with_its_purpose() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for package in PACKAGES:
-        for file in (ROOT / package).glob("*.py"):
+        for file in (ROOT / package).rglob("*.py"):
             if file.name != "__init__.py":
                 docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-                assert f"  {file.name:20} {docstring.splitlines()[0]}\n" in readme, file
+                indented = "  " * (len(file.relative_to(ROOT).parts) - 1) + file.name
+                assert f"\n{indented:22} {docstring.splitlines()[0]}\n" in readme, file
 
 
 def test_locks_pin_everything_and_name_no_cuda() -> None:

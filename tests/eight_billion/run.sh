@@ -15,7 +15,7 @@ model=meta-llama/Llama-3.1-8B-Instruct
 revision=$($python -c 'from pipeline.configs import llama31_8b; print(llama31_8b().fetch.source.partition("@")[2])')
 port=${PORT:-8085}
 
-[ -d $served ] || $python -m pipeline.synthetic $served
+[ -d $served ] || $python -m pipeline.bench.synthetic $served
 if [ -f /sys/fs/cgroup/cgroup.controllers ]; then
     cgroup=/sys/fs/cgroup/$group limit=memory.max peak=memory.peak
 else

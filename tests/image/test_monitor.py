@@ -23,11 +23,11 @@ def test_what_a_tag_names_is_pulled_and_compared_with_its_gate(image: Image, cha
             candidate = image_cli("push", str(pushed.id), registry.repository, "--as", tag)
             assert candidate.code == 0, candidate.err
             name = f"{registry.repository}:{tag}"
-            ended = run_module("pipeline.monitor", "check", name, "--report", report, "--summary", summary)
+            ended = run_module("pipeline.workflow.monitor", "check", name, "--report", report, "--summary", summary)
             assert ended.code == code
             assert json.loads(report.read_text())["digest"] == candidate.out
             assert f"`{name}` is `{candidate.out}`" in summary.read_text()
-        ended = run_module("pipeline.monitor", "check", f"{registry.repository}:none", "--report", report)
+        ended = run_module("pipeline.workflow.monitor", "check", f"{registry.repository}:none", "--report", report)
     assert (ended.code, "has no such tag" in ended.err) == (2, True)
     assert "checks passed" in summary.read_text()
     assert "when it was built" in summary.read_text()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.loadtest import main
+from pipeline.bench.loadtest import main
 
 SHORT = {
     "clients": 48,

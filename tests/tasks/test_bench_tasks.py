@@ -14,7 +14,7 @@ from model.errors import InputError
 from model.llama import sequence_logits
 from model.networks import float_network
 from model.tokenizer import Tokenizer, chat_settings
-from pipeline.bench_tasks import Scored, grouped, main, only_right
+from pipeline.bench.tasks import Scored, grouped, main, only_right
 from tests.conftest import ROOT
 
 QUESTIONS = [
@@ -63,8 +63,8 @@ def build(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("most", [1, 12, 10_000])
 def test_likelihoods_are_those_of_whole_sequences(tiny: Scored, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many tokens are computed together."""
-    monkeypatch.setattr("pipeline.bench_tasks.PASS_TOKENS", most)
-    monkeypatch.setattr("pipeline.bench_tasks.HEAD_TOKENS", most)
+    monkeypatch.setattr("pipeline.bench.tasks.PASS_TOKENS", most)
+    monkeypatch.setattr("pipeline.bench.tasks.HEAD_TOKENS", most)
     network, tokenizer = tiny.network, tiny.tokens
     pairs = [("One two", " three"), ("One two", " four"), ("Long ago", " a road"), ("One two", " three")]
     asked = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]

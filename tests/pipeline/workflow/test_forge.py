@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from model.errors import InputError
-from pipeline.forge import Repository
+from pipeline.workflow.forge import Repository
 
 TOKEN = "token"
 PATH = "/repos/oz/emerald/issues"

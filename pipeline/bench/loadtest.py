@@ -1,11 +1,11 @@
 """Load on a server until it would show what it loses: answers, places, threads, connections, memory.
 
-    python -m pipeline.loadtest                                        (make loadtest; about 12 minutes)
-    python -m pipeline.loadtest --clients 16 --seconds 20
-    python -m pipeline.loadtest --url http://127.0.0.1:8000 --pid 4711     against a server that runs already
+    python -m pipeline.bench.loadtest                                        (make loadtest; about 12 minutes)
+    python -m pipeline.bench.loadtest --clients 16 --seconds 20
+    python -m pipeline.bench.loadtest --url http://127.0.0.1:8000 --pid 4711     against a server that runs already
 
 First every question is asked alone, greedily: whatever is answered later, among others, must say the same. Then come a
-warm-up, the closed loop and the open loop (see `pipeline/load.py`), and when all is quiet again the server must hold
+warm-up, the closed loop and the open loop (see `load.py`), and when all is quiet again the server must hold
 what it held before. Memory is its resident pages, counted exactly (`Rss` of /proc/PID/smaps_rollup), from the end of
 the warm-up to the end. The KV cache takes its memory page by page as it is used, so the warm-up begins with prompts
 that fill all of it.
@@ -31,11 +31,11 @@ from urllib.parse import urlsplit
 from model.cpu import family
 from model.errors import InputError
 from model.fields import Checked, Range, describe, parse_value
-from pipeline.exchange import Exchange, get
+from pipeline.bench.exchange import Exchange, get
+from pipeline.bench.load import CHAT, Asked, Load, Target, cached_questions, figures, model_questions
+from pipeline.bench.server_process import Footprint, emerald
 from pipeline.fingerprint import ROOT
-from pipeline.load import CHAT, Asked, Load, Target, cached_questions, figures, model_questions
 from pipeline.progress import say
-from pipeline.server_process import Footprint, emerald
 from pipeline.verdict import Check
 from serving.settings import Settings
 
@@ -287,7 +287,9 @@ def _print(outcome: Outcome, checks: Sequence[Check], config: LoadConfig) -> Non
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.loadtest", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.bench.loadtest", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--build", type=Path, default=ROOT / "build/embedded",
                         help="build folder that is served, and whose cached questions are asked")  # fmt: skip
     parser.add_argument("--url", help="a server that runs already; OPENAI_API_KEY has its key, if it asks for one")

@@ -1,4 +1,4 @@
-"""Whether this machine can build a configuration, before time is spent on it: python3 -m pipeline.probe.
+"""Whether this machine can build a configuration, before time is spent on it: python3 -m pipeline.workflow.probe.
 
 Uses the standard library alone, so that a runner is judged before anything is installed. Exit code 2 names what is
 missing and what to do.
@@ -33,7 +33,7 @@ NEEDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if this machine will do, 2 if not."""
-    parser = argparse.ArgumentParser(prog="python3 -m pipeline.probe", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python3 -m pipeline.workflow.probe", description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="embedded", metavar="NAME", help=f"one of {', '.join(CONFIGS)}")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="STAGE.FIELD=VALUE")
     options = parser.parse_args(arguments)

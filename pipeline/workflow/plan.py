@@ -1,4 +1,4 @@
-"""Decides what a run of the pipeline workflow does, and says what it lacks for more: python3 -m pipeline.plan.
+"""Decides what a run of the pipeline workflow does, and says what it lacks for more: python3 -m pipeline.workflow.plan.
 
 Reads what GitHub gives a job (the dispatch's inputs, the repository's variables, whether secrets are set) and writes
 the outputs `config`, `settings`, `push`, `repository`, `registry`, `tag`. A fork without a single secret gets a green

@@ -154,7 +154,7 @@ def row_scale_bits(architecture: Architecture) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a table to standard output and JSON as its last line."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.bench_quality", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m pipeline.bench.quality", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--config", choices=CONFIGS, default="embedded", help="whose windows of text to read")
     parser.add_argument("--checkpoint", type=Path, help="a fetched model (default: of build/CONFIG)")

@@ -1,6 +1,6 @@
 """llama.cpp's own server beside ours: built once from the sources in its Python package, run as a process on loopback.
 
-The package holds llama.cpp whole, so the peer is of the very version that `pipeline/peer.py` measures as a library.
+The package holds llama.cpp whole, so the peer is of the very version that `peer.py` measures as a library.
 """
 
 import shutil
@@ -14,17 +14,17 @@ from pathlib import Path
 
 from model.cpu import available_cores
 from model.errors import InputError
+from pipeline.bench.peer import REQUIREMENTS
+from pipeline.bench.server_process import HOST, ServerProcess, free_port, running
 from pipeline.fingerprint import ROOT
-from pipeline.peer import REQUIREMENTS
 from pipeline.progress import say
-from pipeline.server_process import HOST, ServerProcess, free_port, running
 
 SOURCE = REQUIREMENTS[0]
 FOLDER = ROOT / "build/llama.cpp-server"
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "OFF",  # one file, which outlives the build folder
-    "GGML_NATIVE": "ON",  # for this very CPU, as pipeline/peer.py builds the library
+    "GGML_NATIVE": "ON",  # for this very CPU, as peer.py builds the library
     "LLAMA_BUILD_SERVER": "ON",
     "LLAMA_BUILD_APP": "OFF",
     "LLAMA_BUILD_EXAMPLES": "OFF",

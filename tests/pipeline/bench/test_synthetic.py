@@ -8,7 +8,7 @@ import torch
 
 from model.artifact import file_digest, files_below
 from model.checkpoint import SafetensorsCheckpoint
-from pipeline.synthetic import LLAMA31_8B, main, write_checkpoint
+from pipeline.bench.synthetic import LLAMA31_8B, main, write_checkpoint
 from tests.conftest import TINY
 from tests.pipeline.conftest import cli, from_folder
 

@@ -1,6 +1,6 @@
 """Measures the server: beside llama.cpp's under the same load, beside its own engine, its cache, and its start.
 
-    python -m pipeline.bench_server --build build/embedded    (make bench-server; first run builds llama.cpp's server)
+    python -m pipeline.bench.server --build build/embedded    (make bench-server; first run builds llama.cpp's server)
 
 Both servers get the same questions with the persona as an explicit system prompt, the same threads and as many replies
 at once, and take turns, repetition by repetition, so that drift of a shared machine hits both; likewise the server and
@@ -32,15 +32,15 @@ from model.engine import Engine
 from model.errors import InputError
 from model.program import torch_version
 from model.sampling import Sampling
-from pipeline.bench import spread
+from pipeline.bench.engine import spread
+from pipeline.bench.exchange import Exchange
+from pipeline.bench.load import CHAT, Load, Target, figures, model_questions
+from pipeline.bench.peer import REQUIREMENTS
+from pipeline.bench.peer_server import llama_server
+from pipeline.bench.server_process import HOST, ServerProcess, emerald
 from pipeline.configs import CONFIGS, named_config
-from pipeline.exchange import Exchange
 from pipeline.fingerprint import ROOT
-from pipeline.load import CHAT, Load, Target, figures, model_questions
-from pipeline.peer import REQUIREMENTS
-from pipeline.peer_server import llama_server
 from pipeline.progress import say
-from pipeline.server_process import HOST, ServerProcess, emerald
 from pipeline.sources import locate
 from pipeline.statistics import bootstrap
 
@@ -264,7 +264,7 @@ def _row(name: str, found: Mapping[str, float]) -> None:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.bench_server", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m pipeline.bench.server", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--build", type=Path, default=ROOT / "build/embedded", help="a build folder")
     parser.add_argument("--config", choices=CONFIGS, default="embedded", help="whose source, if GGUF, llama.cpp serves")

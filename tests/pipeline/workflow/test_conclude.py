@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.conclude import main, shortfalls
+from pipeline.workflow.conclude import main, shortfalls
 
 DIGEST = "sha256:" + 64 * "a"
 OTHER = "sha256:" + 64 * "b"

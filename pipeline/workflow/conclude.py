@@ -1,4 +1,4 @@
-"""Whether every job of the pipeline workflow did what was planned; its last job: python3 -m pipeline.conclude.
+"""Whether every job of the pipeline workflow did what was planned; its last job: python3 -m pipeline.workflow.conclude.
 
 GitHub counts a required check that was skipped as passed, and skips whatever comes after a skipped job. So one job that
 always runs looks at all others, and is the one that branch protection asks for. It reads `NEEDS`, the `needs` context.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 
-from pipeline.bench_quality import llama_cpp, main, torchao
+from pipeline.bench.quality import llama_cpp, main, torchao
 from tests.model.conftest import write_random_model
 from tests.pipeline.conftest import cli, from_folder
 

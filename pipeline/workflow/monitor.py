@@ -1,4 +1,4 @@
-"""The published image as its users get it: python -m pipeline.monitor check | tell.
+"""The published image as its users get it: python -m pipeline.workflow.monitor check | tell.
 
 `check` pulls what a tag names today, runs every check of `python -m pipeline.image verify` on it, and compares how fast
 it speaks with what its latency gate measured when it was built. `tell` opens, renews or closes the one issue about it.
@@ -14,7 +14,6 @@ from typing import Any
 
 from model.artifact import read_json
 from model.errors import InputError
-from pipeline.forge import Repository as Forge
 from pipeline.image.contents import read_contents
 from pipeline.image.engine import engine
 from pipeline.image.registry import Registry, Repository, check_tag
@@ -22,6 +21,7 @@ from pipeline.image.transfer import pull
 from pipeline.image.verify import Verdict, verify
 from pipeline.progress import say
 from pipeline.verdict import Check, write_report
+from pipeline.workflow.forge import Repository as Forge
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 SPEED_SHARE_MIN = 0.5
@@ -96,7 +96,9 @@ def tell(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.monitor", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.workflow.monitor", description=(__doc__ or "").splitlines()[0]
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     checked = commands.add_parser("check", help="pull, check, compare", description=check.__doc__)
     checked.set_defaults(command=check)

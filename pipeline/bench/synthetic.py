@@ -1,6 +1,6 @@
 """Writes a checkpoint of random weights with Llama 3.1 8B's shapes, for measuring at full size.
 
-    python -m pipeline.synthetic build/8b-shaped
+    python -m pipeline.bench.synthetic build/8b-shaped
     python -m pipeline run quantize --config llama31-8b --build build/8b \
         --set fetch.source=folder:build/8b-shaped --set fetch.sha256=none
 
@@ -99,7 +99,7 @@ def _random_rows(shape: tuple[int, ...], random: torch.Generator) -> Iterator[Te
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes 16 GB in a few minutes."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.synthetic", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m pipeline.bench.synthetic", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("folder", type=Path, help="a new folder")
     parser.add_argument("--layers", type=int, default=LLAMA31_8B.layers, help="fewer for a smaller file (default 32)")

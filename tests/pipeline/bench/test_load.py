@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.exchange import Exchange
-from pipeline.load import CHAT, Asked, Load, Target, figures, model_questions
-from pipeline.loadtest import LoadConfig, Outcome, judge, main
-from pipeline.server_process import Footprint
+from pipeline.bench.exchange import Exchange
+from pipeline.bench.load import CHAT, Asked, Load, Target, figures, model_questions
+from pipeline.bench.loadtest import LoadConfig, Outcome, judge, main
+from pipeline.bench.server_process import Footprint
 
 QUESTION: dict[str, Any] = {"messages": [{"role": "user", "content": "I look up."}], "stream": True}
 Answer = Callable[[dict[str, Any]], Awaitable[bytes]]

@@ -9,7 +9,7 @@ import pytest
 from model.cpu import family
 from model.errors import InputError
 from pipeline.configs import CONFIGS
-from pipeline.probe import NEEDS, Needs, check, main, memory_gb
+from pipeline.workflow.probe import NEEDS, Needs, check, main, memory_gb
 from tests.conftest import ROOT
 
 NOTHING = Needs(memory_gb=0, disk_gb=0)
@@ -53,7 +53,7 @@ def test_the_command_takes_the_workflows_settings(capsys: pytest.CaptureFixture[
     assert "power9" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", ["pipeline.probe", "pipeline.plan", "pipeline.conclude"])
+@pytest.mark.parametrize("module", ["pipeline.workflow.probe", "pipeline.workflow.plan", "pipeline.workflow.conclude"])
 def test_what_a_runner_starts_with_needs_no_package(module: str) -> None:
     """These run before anything is installed."""
     bare = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {module}"]

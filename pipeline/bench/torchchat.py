@@ -1,6 +1,6 @@
 """Runs the real torchchat on the same model beside ours: tokens per second, first token, memory and load, in turn.
 
-    python -m pipeline.torchchat --checkout ~/torchchat          (or TORCHCHAT_DIR=~/torchchat)
+    python -m pipeline.bench.torchchat --checkout ~/torchchat          (or TORCHCHAT_DIR=~/torchchat)
 
 torchchat needs a checkout: git clone https://github.com/pytorch/torchchat (tested: commit a1a7f370). It is copied,
 its version check mended and torchao 0.13.0 laid over this project's torch, all in build/torchchat. The model is given
@@ -29,8 +29,8 @@ from model.cpu import available_cores, family
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 from model.torchchat_format import PARAMS, WEIGHTS, params_of, state_of
+from pipeline.bench.measured import Ended, measured
 from pipeline.fingerprint import ROOT
-from pipeline.measured import Ended, measured
 from pipeline.progress import quiet_libraries, say
 from pipeline.windows import GATE_TEXT, Text, text_windows
 
@@ -222,7 +222,7 @@ def _environment(threads: int) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a table to standard output and JSON as its last line."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.torchchat", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m pipeline.bench.torchchat", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--checkout", type=Path, default=os.environ.get("TORCHCHAT_DIR"), help="default: TORCHCHAT_DIR")
     parser.add_argument("--build", type=Path, default=ROOT / "build/embedded", help="build folder with an engine")

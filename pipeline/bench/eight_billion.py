@@ -22,8 +22,8 @@ import torch
 from model.artifact import read_json
 from model.cpu import available_cores, family
 from model.scale_search import search_scales
+from pipeline.bench.measured import measured
 from pipeline.fingerprint import ROOT
-from pipeline.measured import measured
 from pipeline.progress import quiet_libraries, say
 
 SERVE = """
@@ -68,7 +68,7 @@ UNJUDGED = [
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints what it measures as it goes, and JSON as its last line."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.bench_8b", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m pipeline.bench.eight_billion", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "build/8b-shaped", help="made when it is missing")
     parser.add_argument("--build", type=Path, default=ROOT / "build/8b", help="build folder")
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     quiet_libraries()
     if not options.checkpoint.exists():
-        measured([sys.executable, "-m", "pipeline.synthetic", str(options.checkpoint)], ROOT, os.environ)
+        measured([sys.executable, "-m", "pipeline.bench.synthetic", str(options.checkpoint)], ROOT, os.environ)
     source = [*STREAM, "--set", f"fetch.source=folder:{options.checkpoint}"]
     common = ["--config", "llama31-8b", "--build", str(options.build), *source, *UNJUDGED]
     _stage("fetch", options.build, common)

@@ -20,7 +20,7 @@ import numpy as np
 
 from model.artifact import REMEDY, read_json
 from model.errors import InputError
-from pipeline.exchange import Connection, Exchange
+from pipeline.bench.exchange import Connection, Exchange
 
 CHAT = "/v1/chat/completions"
 ADDRESSES = 200

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from model.errors import InputError
-from pipeline.measured import measured
+from pipeline.bench.measured import measured
 from tests.conftest import ROOT
 
 

@@ -50,7 +50,7 @@ MANY = 100_000
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table and the times, and JSON as the last line."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.bench_cache", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m pipeline.bench.cache", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--build", type=Path, default=ROOT / "build/embedded", help="build folder, certified")
     options = parser.parse_args(arguments)

@@ -9,7 +9,7 @@ import pytest
 
 from model.errors import InputError
 from pipeline.configs import named_config, with_settings
-from pipeline.plan import Asked, main, planned, summary
+from pipeline.workflow.plan import Asked, main, planned, summary
 
 ACCOUNT = {"DOCKERHUB_USERNAME": "Dorothy"}
 

@@ -9,8 +9,8 @@ import pytest
 from model.artifact import file_digest, write_json
 from model.checkpoint import SafetensorsCheckpoint
 from model.errors import InputError
-from pipeline import torchchat
-from pipeline.torchchat import FIGURES, HOW_TO_GET_ONE, VERSION_CHECK, main, prepare, write_model
+from pipeline.bench import torchchat
+from pipeline.bench.torchchat import FIGURES, HOW_TO_GET_ONE, VERSION_CHECK, main, prepare, write_model
 from tests.pipeline.conftest import Run
 
 PRINTED = """\

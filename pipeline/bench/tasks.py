@@ -135,7 +135,7 @@ def only_right(one: Mapping[int, bool], other: Mapping[int, bool]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a line for each task, and JSON as its last line."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.bench_tasks", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m pipeline.bench.tasks", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--config", choices=CONFIGS, default="embedded")
     parser.add_argument("--build", type=Path, help="build folder with checkpoint and int4 (default: build/CONFIG)")

@@ -1,6 +1,6 @@
 """Measures the engine beside llama.cpp, the unquantized model and the machine's limit.
 
-    python -m pipeline.bench --build build/embedded        (make bench builds first)
+    python -m pipeline.bench.engine --build build/embedded        (make bench builds first)
 
 Warm-up first, then every engine in turn, repetition by repetition, so that drift of a shared machine hits all alike;
 medians with their spread, and ratios taken within a repetition. The last line is JSON.
@@ -26,9 +26,9 @@ from model.engine import Engine
 from model.program import torch_version
 from model.tokenizer import Tokenizer
 from pipeline.bandwidth import read_bandwidth
+from pipeline.bench.peer import LlamaCpp
 from pipeline.configs import CONFIGS, named_config
 from pipeline.fingerprint import ROOT
-from pipeline.peer import LlamaCpp
 from pipeline.progress import quiet_libraries, say
 from pipeline.sources import locate
 
@@ -98,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.bench.engine", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--build", type=Path, nargs="+", default=[ROOT / "build/embedded"],
                         help="build folders with an engine, the first with its checkpoint")  # fmt: skip
     parser.add_argument("--config", choices=CONFIGS, default="embedded", help="whose source, if GGUF, llama.cpp runs")
