@@ -5,6 +5,7 @@ Every error has OpenAI's shape; `serving/errors.py` has the table of their statu
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -59,6 +60,9 @@ EVENT = {
 }
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 T = TypeVar("T")
+STREAM_SECONDS = 0.02
+"""How often at most a stream has an event. Waking the event loop takes time from the model's threads: where tokens come
+faster than anyone reads, several make one event. The first token never waits, nor does the last."""
 
 
 def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
@@ -214,7 +218,7 @@ class Calls:
     ) -> Response:
         """Answers one request; a client that hangs up, at whatever moment, ends its reply before the next token."""
         self._service.check_model(request.model)
-        inbox = Inbox()
+        inbox = Inbox(STREAM_SECONDS if request.stream else self._settings.reply_seconds)
         client = http.scope["client_name"]
         ticket = Ticket(request.sampling(self._settings), client, self._settings.reply_seconds, inbox.deliver)
         self._enter(client)
@@ -225,14 +229,14 @@ class Calls:
             tokenizer = None if call.origin.cached else self._service.engine().tokenizer
             name = request.model or self._service.opened().model_id
             completion = shape(name, ticket, tokenizer, self._energy)
-            pieces = inbox.pieces()
-            first = await _until_gone(http, anext(pieces))
+            batches = inbox.batches()
+            first = await _until_gone(http, anext(batches))
             headers = {"X-Request-Id": completion.identity, **_origin_headers(call.origin)}
             if request.stream:
-                events = completion.events(_after(first, pieces), with_usage=request.with_usage)
+                events = completion.events(_after(first, batches), with_usage=request.with_usage)
                 seconds = self._settings.reply_seconds + SEND_SECONDS
                 return EventStream(call.watched(events), headers, seconds, call.end)
-            spoken = await _until_gone(http, _gathered(first, pieces))
+            spoken = await _until_gone(http, _gathered(first, batches))
             call.reason = str(spoken[-1].finish_reason)
             headers |= _energy_headers(self._energy.of(ticket.cpu_seconds))
             answer = JSONResponse(completion.whole(spoken), headers=headers)
@@ -285,24 +289,33 @@ class Call:
 
 
 class Inbox:
-    """Pieces from the threads that make them, awaited in the event loop."""
+    """A reply's pieces from the thread that makes them, for the event loop, which is woken every `seconds` at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._queue: asyncio.Queue[list[Piece | Exception]] = asyncio.Queue()
+        self._seconds = seconds
+        self._held: list[Piece | Exception] = []
+        self._woken = -math.inf
 
     def deliver(self, piece: Piece | Exception) -> None:
-        """Called by any thread; RuntimeError if the loop was closed."""
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+        """Called by one thread at a time; RuntimeError if the loop was closed."""
+        self._held.append(piece)
+        now = time.perf_counter()
+        if isinstance(piece, Exception) or piece.finish_reason or now - self._woken >= self._seconds:
+            held, self._held, self._woken = self._held, [], now
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, held)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Up to the piece with a finish reason; raises an exception that was delivered."""
+    async def batches(self) -> AsyncIterator[list[Piece]]:
+        """Up to the piece with a finish reason; raises an exception that was delivered, after what came before it."""
         while True:
-            piece = await self._queue.get()
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece
-            if piece.finish_reason:
+            delivered = await self._queue.get()
+            if pieces := [piece for piece in delivered if isinstance(piece, Piece)]:
+                yield pieces
+            for fault in delivered[len(pieces) :]:
+                assert isinstance(fault, Exception)
+                raise fault
+            if pieces[-1].finish_reason:
                 return
 
 
@@ -353,15 +366,15 @@ async def _hang_up(receive: Receive) -> None:
         pass
 
 
-async def _after(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+async def _after(first: list[Piece], rest: AsyncIterator[list[Piece]]) -> AsyncIterator[list[Piece]]:
     yield first
-    if not first.finish_reason:
-        async for piece in rest:
-            yield piece
+    if not first[-1].finish_reason:
+        async for pieces in rest:
+            yield pieces
 
 
-async def _gathered(first: Piece, rest: AsyncIterator[Piece]) -> list[Piece]:
-    return [piece async for piece in _after(first, rest)]
+async def _gathered(first: list[Piece], rest: AsyncIterator[list[Piece]]) -> list[Piece]:
+    return [piece async for pieces in _after(first, rest) for piece in pieces]
 
 
 def _model(service: Service) -> dict[str, Any]:

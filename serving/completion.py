@@ -32,15 +32,15 @@ class Completion:
         choice = {**self._message(text), **self._ending(last.finish_reason), "logprobs": self._logprobs(known)}
         return {**self._head, "object": self.kind, "choices": [{"index": 0, **choice}], **self.figures()}
 
-    async def events(self, pieces: AsyncIterator[Piece], *, with_usage: bool) -> AsyncIterator[str]:
-        """Server-sent events, closed by [DONE]."""
+    async def events(self, batches: AsyncIterator[list[Piece]], *, with_usage: bool) -> AsyncIterator[str]:
+        """Server-sent events, closed by [DONE]: one for the pieces that come together."""
         if opening := self._opening():
             yield event(self._chunk(opening, None, None))
-        async for piece in pieces:
-            for chunk in self.chunks([piece]):
+        async for pieces in batches:
+            for chunk in self.chunks(pieces):
                 yield event(chunk)
-            if piece.finish_reason and with_usage:
-                yield event({**self._chunk_head, "choices": [], **self.figures()})
+        if with_usage:
+            yield event({**self._chunk_head, "choices": [], **self.figures()})
         yield "data: [DONE]\n\n"
 
     def chunks(self, pieces: Sequence[Piece]) -> Iterator[dict[str, Any]]:
