@@ -38,6 +38,7 @@ test: setup ## run the tests (about a quarter of an hour on 2 cores)
 	@$(RUN) -m pytest tests $(foreach folder,$(APART),--ignore=tests/$(folder)) $(ARGS)
 
 test-image: setup ## build, spoil, push, promote and roll back the image; starts an engine of its own if there is none (root)
+	@$(RUN) -m pip install --quiet --no-deps --requirement requirements/lambda-tools.txt
 	@$(RUN) -m pipeline run gate_latency certify_cache
 	@tests/image/engine.sh $(if $(filter aarch64,$(shell uname -m)),arm64,amd64) $(RUN) -m pytest tests/image $(ARGS)
 

@@ -85,6 +85,11 @@ class Fork:
         file = self.store / name
         return file.read_text().splitlines() if file.exists() else []
 
+    def workflows(self, event: str) -> set[str]:
+        """Files of the workflows that an event starts."""
+        listed = subprocess.run([ACT, event, "--list"], cwd=self.tree, capture_output=True, text=True, check=True)
+        return set(re.findall(r"[\w-]+\.yml", listed.stdout))
+
     def run(self, event: str = "push", inputs: Mapping[str, str] | None = None, workflow: str = "pipeline.yml") -> Ran:
         """Executes a workflow, a job at a time."""
         for name in ("attested", "signed"):

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from tests.image.conftest import PASSWORD
 from tests.workflows.conftest import Account, Fork, Ran
 
 ANSWER = Path("cache_data/entries/app.yaml")
@@ -198,3 +199,24 @@ def test_rolling_back_is_one_dispatch(fork: Fork, account: Account) -> None:
     ran = fork.run("workflow_dispatch", {"tag": "latest", "digest": ""}, workflow="promote.yml")
     ran.require_green()
     assert account.tags()["latest"] == first
+
+
+SPY = """.PHONY: setup lint lint-workflows pipeline test image
+setup lint lint-workflows pipeline test image:
+	@env >>$(EMERALD_TEST_STORE)/seen; cat .git/config >>$(EMERALD_TEST_STORE)/seen
+	@mkdir -p build/embedded/reports; touch build/embedded/reports/summary.md
+"""
+"""What a pull request may bring along: its own commands, which look for what they can take."""
+
+
+def test_a_pull_request_sees_no_secret_and_pushes_nothing(fork: Fork, account: Account) -> None:
+    before = account.tags()
+    (fork.tree / "Makefile").write_text(SPY)
+    fork.commit("Look around")
+    assert fork.workflows("pull_request") == {"check.yml"}
+    fork.run("pull_request", workflow="check.yml").require_green()
+    seen = "\n".join(fork.lines("seen"))
+    assert seen.count("EMERALD_TEST_STORE=") >= 6  # it did look, in every job
+    assert PASSWORD not in seen
+    assert "logged in" not in fork.log()
+    assert account.tags() == before
