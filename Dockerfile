@@ -35,13 +35,14 @@ RUN mkdir -p /packages/opt && mv /opt/emerald /packages/opt/ \
 FROM ${BASE} AS serve
 ARG SOURCE_DATE_EPOCH=315532800
 # tini forwards signals and reaps; tcmalloc serves many threads with less waiting and less memory than the C library.
-# What the base has is emptied, not removed: a layer dates its mark of a removed file, and nothing can date that back.
+# What the base has and nobody needs (pip and setuptools, with their known holes, and apt's lists) is emptied, not removed: a layer dates its mark of a removed file, and nothing can date that back.
 RUN touch /before \
     && apt-get update -qq \
     && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends libtcmalloc-minimal4 tini >/dev/null \
     && ln -s /usr/lib/*-linux-gnu/libtcmalloc_minimal.so.4 /usr/local/lib/libtcmalloc_minimal.so.4 \
     && echo 'emerald:x:10001:10001::/nonexistent:/usr/sbin/nologin' >>/etc/passwd \
     && echo 'emerald:x:10001:' >>/etc/group \
+    && find /usr/local/lib -path '*/site-packages/*' -type f -exec truncate --size=0 {} + \
     && apt-get clean \
     && rm -f /var/lib/apt/lists/*_* \
     && find /var/log /var/cache /var/lib/dpkg -type f -newer /before '(' -name '*.log*' -o -name '*-old' -o -name aux-cache ')' \

@@ -29,7 +29,7 @@ ENDPOINT = "AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI"
 POSTING = Config(connect_timeout=3, read_timeout=5, retries={"mode": "standard", "total_max_attempts": 4})
 """A post that is refused for now (429, 5xx) or not answered is repeated after a pause, within some 30 seconds."""
 FRAMES: Mapping[str, tuple[str, ...]] = {
-    "prologue": ("persona", "title", "scenes", "model"),
+    "prologue": ("persona", "title", "scenes", "model", "badge"),
     "scene": ("scene",),
     "loading": ("progress",),
     "ready": ("cache",),

@@ -118,7 +118,7 @@ def rollback(options: argparse.Namespace) -> int:
 
 def predicate(options: argparse.Namespace) -> int:
     """The verdicts of all gates as one JSON predicate, on standard output."""
-    statement, faults = statement_of(options.build, options.reports)
+    statement, faults = statement_of(options.build, options.reports, options.digest)
     for fault in faults:
         say(f"not to be attested: {fault}")
     if faults:
@@ -165,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     chosen[rollback].add_argument("repository")
     chosen[rollback].add_argument("tag")
     chosen[rollback].add_argument("--to", metavar="DIGEST", help="a recorded digest (default: the one before)")
+    chosen[predicate].add_argument("--digest", metavar="DIGEST", help="the one that is to be attested")
     chosen[predicate].add_argument("reports", nargs="+", type=Path, metavar="REPORT", help="reports of verify")
     return parser
 

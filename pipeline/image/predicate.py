@@ -14,8 +14,11 @@ GATES = ("quality", "latency", "cache")
 REMEDY = 'run "python -m pipeline run"'
 
 
-def predicate(build: Path, reports: list[Path]) -> tuple[dict[str, Any], list[str]]:
-    """The statement, and what is wrong with it in words: a gate that failed, an image made of another build."""
+def predicate(build: Path, reports: list[Path], digest: str | None) -> tuple[dict[str, Any], list[str]]:
+    """The statement, and what is wrong with it in words: a gate that failed, an image made of another build.
+
+    `digest` is the one to be attested: reports about another are none about it.
+    """
     paths = [build / f"reports/{gate}.json" for gate in GATES] + reports
     read = [(path, read_json(path, REMEDY)) for path in paths]
     engine, certificate = read_json(build / "engine" / MANIFEST), read_json(build / "certificate.json", REMEDY)
@@ -24,6 +27,8 @@ def predicate(build: Path, reports: list[Path]) -> tuple[dict[str, Any], list[st
     for path, report in read[len(GATES) :]:
         if report.get("gate") != "image" or "digest" not in report:
             faults.append(f"{path}: no report of verifying an image by its digest")
+        elif digest not in (None, report["digest"]):
+            faults.append(f"{path}: it is about {report['digest']}, and {digest} was to be attested")
         elif report["labels"].get(f"{OWN}.model.manifest") != manifest:
             faults.append(f"{path}: its image holds another model than {build}")
         elif report["labels"].get(f"{OWN}.certificate") != (

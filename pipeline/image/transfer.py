@@ -1,6 +1,7 @@
 """Images to a registry and back: what was sent, what was there already, and that what comes is what was asked for."""
 
 import contextlib
+import re
 from collections import Counter
 from typing import Any
 
@@ -40,7 +41,8 @@ def push(client: docker.DockerClient, image: Image, repository: str, tag: str | 
     for event in told(client.api.push(repository, tag, stream=True, decode=True), what):
         if "id" in event:
             states[event["id"]] = _outcome(event.get("status", ""), states.get(event["id"], ""))
-        digest = (event.get("aux") or {}).get("Digest", digest)
+        if said := re.search(r"digest: (sha256:[0-9a-f]{64})", str(event.get("status", ""))):
+            digest = said[1]
     if digest is None:
         raise InputError(f"{what}: the registry gave no digest, so that nothing is known to be there: push again")
     counted = Counter(states.values())
@@ -62,7 +64,11 @@ def pull(client: docker.DockerClient, reference: str, platform: str | None) -> I
     repository, _, digest = reference.partition("@")
     options: dict[str, Any] = {"platform": platform} if platform else {}
     try:
-        pulled: Image = client.images.pull(repository, tag=digest, **options)
+        for _ in told(
+            client.api.pull(repository, tag=digest, stream=True, decode=True, **options), f"pulling {reference}"
+        ):
+            pass
+        pulled: Image = client.images.get(reference)
     except NotFound as fault:
         raise InputError(f"{reference}: the registry holds no such image; push it first") from fault
     except (APIError, DockerException) as fault:

@@ -61,7 +61,7 @@ class Repository:
             answer = self._session.request(method, url, json=body, params=params, timeout=SECONDS)
         except requests.RequestException as fault:
             raise InputError(f"GitHub cannot be reached at {url} ({type(fault).__name__}): run again later") from fault
-        if answer.status_code in (401, 403, 404):
+        if answer.status_code in (401, 403, 404, 410):
             raise InputError(
                 f"GitHub refuses {method} {url} with {answer.status_code}: the job needs `permissions: issues: write`, "
                 "and the repository must have issues switched on"

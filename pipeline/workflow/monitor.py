@@ -16,6 +16,7 @@ from model.artifact import read_json
 from model.errors import InputError
 from pipeline.image.contents import read_contents
 from pipeline.image.engine import engine
+from pipeline.image.promotion import history
 from pipeline.image.registry import Registry, Repository, check_tag
 from pipeline.image.transfer import pull
 from pipeline.image.verify import Verdict, verify
@@ -43,21 +44,28 @@ def check(options: argparse.Namespace) -> int:
     """Pulls what a tag names, checks it, and writes the report."""
     name, _, tag = options.image.rpartition(":")
     repository = Repository.parse(name)
-    digest = Registry(repository).digest_of(check_tag(tag))
+    registry = Registry(repository)
+    digest = registry.digest_of(check_tag(tag))
+    if digest is None and history(registry, tag):
+        raise InputError(f"{options.image}: the tag is gone, and images were promoted to it; promote one of them again")
     if digest is None:
-        raise InputError(f"{options.image}: the registry has no such tag; promote an image to it first")
+        _publish(options, f"Nothing was promoted to `{options.image}` yet.")
+        return DONE
     with engine() as client:
         image = pull(client, f"{name}@{digest}", None)
         verdict = verify(client, image, digest, cpuinfo=None, patience=options.patience)
         gate = read_contents(client, image).json("build/reports/latency.json")
     compare_speed(verdict, gate)
     write_report(options.report, "canary", verdict.checks, reasons=verdict.reasons, image=options.image, digest=digest)
-    text = described(read_json(options.report))
+    _publish(options, described(read_json(options.report)))
+    return DONE if verdict.passed else FAILED
+
+
+def _publish(options: argparse.Namespace, text: str) -> None:
     say(text)
     if options.summary:
         with options.summary.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
-    return DONE if verdict.passed else FAILED
 
 
 def compare_speed(verdict: Verdict, gate: dict[str, Any]) -> None:

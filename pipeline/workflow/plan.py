@@ -77,8 +77,14 @@ def main() -> int:
 
 def planned(asked: Asked) -> Plan:
     """Raises InputError for a wish that cannot be met."""
-    name = str(asked.inputs.get("config") or asked.variables.get("EMERALD_CONFIG") or "embedded")
+    wish = asked.inputs.get("config") or AS_CONFIGURED
+    name = str(wish if wish != AS_CONFIGURED else asked.variables.get("EMERALD_CONFIG") or "embedded")
     settings = _settings(asked)
+    if asked.inputs.get("model") and "fetch.licence=" not in settings:
+        raise InputError(
+            f"model {asked.inputs['model']!r}: an image says under which licence its weights are passed on; add "
+            "fetch.licence=Apache-2.0 or fetch.licence=llama3.2, as the model's page has it, to the settings"
+        )
     config = with_settings(named_config(name), [settings])
     if config.fetch.source.startswith("hub:") and not asked.hf_token:
         raise InputError(
@@ -89,7 +95,8 @@ def planned(asked: Asked) -> Plan:
     if not TAG.fullmatch(tag):
         raise InputError(f"tag {tag!r}: a tag has letters, digits, dots, dashes and underscores; choose another")
     wished = asked.event == "push" or bool(asked.inputs.get("push"))
-    repository = _repository(asked) if wished and asked.dockerhub_token else ""
+    account = asked.dockerhub_token and bool(asked.variables.get("DOCKERHUB_USERNAME"))
+    repository = _repository(asked) if wished and account else ""
     return Plan(config=name, settings=settings, push=bool(repository), repository=repository, tag=tag)
 
 
@@ -107,12 +114,12 @@ def _settings(asked: Asked) -> str:
 
 
 def _repository(asked: Asked) -> str:
-    """EMERALD_IMAGE, or the user's own on Docker Hub; empty if neither is set."""
-    user = asked.variables.get("DOCKERHUB_USERNAME", "")
-    name = asked.variables.get("EMERALD_IMAGE") or (f"docker.io/{user.lower()}/emerald" if user else "")
-    if name and not REPOSITORY.fullmatch(name):
+    """EMERALD_IMAGE, or the user's own on Docker Hub. A first part without a dot or a port is a name there, too."""
+    name = asked.variables.get("EMERALD_IMAGE") or f"{asked.variables['DOCKERHUB_USERNAME'].lower()}/emerald"
+    if not REPOSITORY.fullmatch(name):
         raise InputError(f"variable EMERALD_IMAGE = {name!r}: expected REGISTRY/NAMESPACE/NAME in lower case, no tag")
-    return name
+    first = name.partition("/")[0]
+    return name if "." in first or ":" in first or first == "localhost" else f"docker.io/{name}"
 
 
 def summary(asked: Asked, plan: Plan) -> str:

@@ -30,6 +30,7 @@ main() {
     fi
     if docker version >/dev/null 2>&1; then
         say "using the engine that answers"
+        command -v docker-registry >/dev/null || install docker-registry
         EMERALD_IMAGE_ARGUMENTS=$arguments exec "$@"
     fi
     [ "$(id -u)" = 0 ] || stop "no Docker engine answers, and starting one needs root: put sudo before the command"
@@ -50,9 +51,11 @@ need_tools() {
 
 install() {
     command -v apt-get >/dev/null || stop "install what Debian calls $*"
+    local root=(sudo)
+    [ "$(id -u)" != 0 ] || root=()
     say "installing $*"
-    apt-get update -qq
-    apt-get install -qq -y --no-install-recommends "$@" >/dev/null
+    "${root[@]}" apt-get update -qq
+    "${root[@]}" apt-get install -qq -y --no-install-recommends "$@" >/dev/null
 }
 
 # The client that came with the engine: a newer one refuses to build with it.

@@ -53,13 +53,14 @@ def function(client: docker.DockerClient, lambda_image: Image) -> Iterator[Conta
 
 def invoke(container: Container, event: object) -> dict[str, Any]:
     """The function's answer, asked from inside as soon as the emulator listens."""
+    said: object = None
     for _ in range(100):
         code, said = container.exec_run(["python", "-c", INVOKE, json.dumps(event)])
-        if code == 0:
+        if code == 0 and isinstance(said, bytes):
             answer: dict[str, Any] = json.loads(said)
             return answer
         time.sleep(0.2)
-    raise AssertionError(said.decode() + container.logs().decode())
+    raise AssertionError(f"{said!r}\n{container.logs().decode()}")
 
 
 def test_it_is_fit_to_be_shown(lambda_image: Image, tmp_path: Path) -> None:

@@ -105,7 +105,10 @@ class Fork:
             for name, value in values.items():
                 command += [option, f"{name}={value}"]
         given = {"EMERALD_TEST_STORE": str(self.store), "EMERALD_TEST_VENV": sys.prefix}
-        given |= {"DOCKER_CONFIG": str(self.store / "docker"), "DOCKER_HOST": os.environ["DOCKER_HOST"]}
+        given |= {
+            "DOCKER_CONFIG": str(self.store / "docker"),
+            "DOCKER_HOST": os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock"),
+        }
         for name, value in given.items():
             command += ["--env", f"{name}={value}"]
         done = subprocess.run(

@@ -33,8 +33,8 @@ def build(tmp_path: Path) -> Path:
     return folder
 
 
-def run(build: Path) -> int:
-    return main(["predicate", "--build", str(build), str(build / "image.json")])
+def run(build: Path, digest: str = DIGEST) -> int:
+    return main(["predicate", "--build", str(build), "--digest", digest, str(build / "image.json")])
 
 
 def change(path: Path, **fields: Any) -> None:
@@ -81,3 +81,9 @@ def test_missing_report_is_named(build: Path, capsys: pytest.CaptureFixture[str]
     (build / gone).unlink()
     assert run(build) == 2
     assert f"{build / gone}: missing" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_a_verdict_on_another_image_is_none_on_this_one(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(build, f"sha256:{'2' * 64}") == 1
+    ended = capsys.readouterr()
+    assert (ended.out, f"it is about {DIGEST}" in ended.err) == ("", True)

@@ -52,10 +52,14 @@ def test_a_registry_of_ones_own() -> None:
     assert plan.repository == "127.0.0.1:5000/oz/emerald"
 
 
+def test_a_name_without_a_registry_is_docker_hubs() -> None:
+    assert planned(asked(variables={**ACCOUNT, "EMERALD_IMAGE": "oz/city"})).repository == "docker.io/oz/city"
+
+
 @pytest.mark.parametrize("name", ["emerald", "docker.io/Oz/emerald", "docker.io/oz/emerald:latest", "oz/emerald; rm"])
 def test_a_name_that_is_no_repository_is_refused(name: str) -> None:
     with pytest.raises(InputError, match="EMERALD_IMAGE"):
-        planned(asked(variables={"EMERALD_IMAGE": name}))
+        planned(asked(variables={**ACCOUNT, "EMERALD_IMAGE": name}))
 
 
 @pytest.mark.parametrize(("token", "account"), [(False, ACCOUNT), (True, {})])
@@ -80,7 +84,7 @@ def test_inputs_become_settings_of_the_configuration() -> None:
         "config": "llama31-8b",
         "model": "meta-llama/Llama-3.2-3B-Instruct@0cb88a4f764b7a12671c53f0838cd831a0843b95",
         "scheme": "int4-channel",
-        "settings": "gate_quality.kl_mean_max=0.15; gate_latency.repetitions=9",
+        "settings": "fetch.licence=llama3.2; gate_quality.kl_mean_max=0.15; gate_latency.repetitions=9",
     }
     plan = planned(asked("workflow_dispatch", inputs, hf_token=True))
     config = with_settings(named_config(plan.config), [plan.settings])
@@ -88,6 +92,12 @@ def test_inputs_become_settings_of_the_configuration() -> None:
     assert config.fetch.model_id == "meta-llama/Llama-3.2-3B-Instruct"
     assert config.quantize.scheme == "int4-channel"
     assert (config.gate_quality.kl_mean_max, config.gate_latency.repetitions) == (0.15, 9)
+
+
+def test_a_dispatch_takes_the_repositorys_configuration_unless_it_names_one() -> None:
+    variables = {"EMERALD_CONFIG": "llama31-8b"}
+    for wish, config in (("as configured", "llama31-8b"), ("embedded", "embedded")):
+        assert planned(asked("workflow_dispatch", {"config": wish}, variables, hf_token=True)).config == config
 
 
 def test_settings_of_the_repository_come_before_those_of_a_dispatch() -> None:
@@ -102,6 +112,7 @@ def test_settings_of_the_repository_come_before_those_of_a_dispatch() -> None:
     [
         ({"config": "llama31-8b"}, "HF_TOKEN"),
         ({"config": "gpt"}, "gpt"),
+        ({"model": "oz/storyteller"}, "fetch.licence"),
         ({"settings": "quantize.bits=3"}, "bits"),
         ({"settings": "certify_cache.risk=2"}, "risk"),
         ({"tag": "not a tag"}, "not a tag"),
