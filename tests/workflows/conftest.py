@@ -15,8 +15,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import docker
 import pytest
 
+from pipeline.image.contents import OWN
 from tests.conftest import ROOT
 from tests.image.conftest import NAME, PASSWORD, Registry, registry_at
 
@@ -154,6 +156,15 @@ class Account:
         """{digest: bytes} of an image's layers."""
         blob = self.registry.data / f"docker/registry/v2/blobs/sha256/{digest[7:9]}/{digest[7:]}/data"
         return {layer["digest"]: layer["size"] for layer in json.loads(blob.read_text())["layers"]}
+
+
+def forget_images() -> None:
+    """Takes all of our images from the engine, and what it knows of layers that registries have."""
+    engine = docker.from_env()
+    for image in engine.images.list(filters={"label": f"{OWN}.model"}):
+        engine.images.remove(image.id, force=True)
+    shutil.rmtree(Path(engine.info()["DockerRootDir"]) / f"image/{engine.info()['Driver']}/distribution")
+    engine.close()
 
 
 @pytest.fixture(scope="session")

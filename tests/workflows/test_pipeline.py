@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from tests.image.conftest import PASSWORD
-from tests.workflows.conftest import Account, Fork, Ran
+from tests.workflows.conftest import Account, Fork, Ran, forget_images
 
 ANSWER = Path("cache_data/entries/app.yaml")
 LARGE = 20_000_000
@@ -52,6 +52,17 @@ def test_the_same_push_again_builds_and_uploads_nothing_new(fork: Fork, account:
     assert account.tags()["latest"] == digest
     assert not [line for line in fork.log() if line.startswith(("saved weights", "saved answers"))]
     assert re.search(r"\b0 layers pushed, \d+ were there", ran.log)
+
+
+def test_a_machine_that_never_saw_the_image_pushes_no_layer_again(fork: Fork, account: Account) -> None:
+    """As every runner is: without images, build steps, or knowledge of what registries have."""
+    fork.run().require_green()
+    before = account.layers(account.tags()["latest"])
+    forget_images()
+    ran = fork.run()
+    ran.require_green()
+    assert re.search(r"\b0 layers pushed, \d+ were there", ran.log)
+    assert account.layers(account.tags()["latest"]) == before
 
 
 def test_an_edited_answer_gets_a_new_image_and_no_new_weights(fork: Fork, account: Account) -> None:
