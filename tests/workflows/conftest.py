@@ -162,7 +162,7 @@ def forget_images() -> None:
     """Takes all of our images from the engine, and what it knows of layers that registries have."""
     engine = docker.from_env()
     for image in engine.images.list(filters={"label": f"{OWN}.model"}):
-        engine.images.remove(image.id, force=True)
+        engine.images.remove(str(image.id), force=True)
     shutil.rmtree(Path(engine.info()["DockerRootDir"]) / f"image/{engine.info()['Driver']}/distribution")
     engine.close()
 
