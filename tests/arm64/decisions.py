@@ -1,18 +1,20 @@
 """Decisions of an emulated Arm CPU beside this one's, on the same index: which questions flip?
 
-    tests/arm64/run.sh max python3 -m tests.arm64.decisions embed >build/arm64/vectors.json
+    .venv/bin/python -m tests.arm64.decisions order >build/arm64/order.json
+    tests/arm64/run.sh max python3 -m tests.arm64.decisions embed <build/arm64/order.json >build/arm64/vectors.json
     .venv/bin/python -m tests.arm64.decisions compare build/arm64/vectors.json
 
 The embedder is exported on the emulated CPU from the very weights in build/embedded/trained, and embeds the questions
-of `validation/cert`. The comparison lays those vectors in this machine's index; flips are named by file and line, since
-the questions are sealed.
+of `validation/cert`, those nearest to the threshold first, a line each: wherever it is stopped, the comparison says how
+far from the threshold all others are, and how far scores move. It lays the vectors in this machine's index; flips are
+named by file and line, since the questions are sealed.
 """
 
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -33,40 +35,67 @@ def questions() -> list[Question]:
     return read_validation(DATA / "validation/cert", DATA / "schema", ids)
 
 
+def order() -> None:
+    """Numbers of all questions that have a score, by its distance from the threshold, as JSON on standard output."""
+    distances = {number: abs(found.score - threshold) for number, found, threshold in scored()}
+    json.dump(sorted(distances, key=distances.__getitem__), sys.stdout)
+
+
 def embed() -> None:
-    """Vectors of all questions, as JSON on standard output."""
+    """Vectors of the questions whose numbers standard input has, in that order: a line of JSON each."""
+    numbers, asked = json.load(sys.stdin), questions()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "embedder"
         export_embedder.run(embedded().export_embedder, BUILD / "trained", folder)
         embedder = Embedder(folder)
-        vectors = [embedder.embed(question.text).tolist() for question in questions()]
-    json.dump({"cpu": family(), "vectors": vectors}, sys.stdout)
+        for number in numbers:
+            vector = embedder.embed(asked[number].text).tolist()
+            print(json.dumps({"cpu": family(), "question": number, "vector": vector}), flush=True)
 
 
 def compare(file: Path) -> None:
     """Prints every flipped decision, and how far scores moved."""
-    there = json.loads(file.read_text(encoding="utf-8"))
-    cache = Cache(BUILD / "cache", Embedder(BUILD / "embedder"))
-    assert admit(cache, BUILD / "certificate.json") is not None, cache.uncertified
-    replay = _Replay(dict(zip([question.text for question in questions()], there["vectors"], strict=True)))
-    cosines, moved, flips = [], [], []
-    for question in questions():
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    there = {line["question"]: np.array(line["vector"], dtype=np.float32) for line in lines}
+    asked, cache = questions(), opened()
+    replay = _Replay({asked[number].text: vector for number, vector in there.items()})
+    cosines, moved, flips, left = [], [], [], []
+    for number, here, threshold in scored():
+        if number not in there:
+            left.append(abs(here.score - threshold))
+            continue
+        question = asked[number]
         cache.embedder, own = replay, cache.embedder
         arm = cache.consider(question.text)
         cache.embedder = own
-        here = cache.consider(question.text)
-        if isinstance(here, Miss) or isinstance(arm, Miss):
-            assert type(here) is type(arm), question.place
-            continue
-        cosines.append(float(np.dot(replay.embed(question.text), own.embed(question.text))))
+        assert not isinstance(arm, Miss), question.place
+        cosines.append(float(np.dot(there[number], own.embed(question.text))))
         moved.append(abs(here.score - arm.score))
         one, other = decided(cache, here), decided(cache, arm)
         if one != other:
             flips.append(f"{question.place}: {one} here, {other} there; scores {here.score:.5f}, {arm.score:.5f}")
-    print(f"{len(cosines)} questions, {family()} and {there['cpu']}: {len(flips)} decisions differ")
+    print(f"{len(cosines)} questions, {family()} and {lines[0]['cpu']}: {len(flips)} decisions differ")
     print(f"least cosine {min(cosines):.6f}; scores move by {np.mean(moved):.1e} on average, {max(moved):.1e} at most")
+    if left:
+        print(f"{len(left)} further questions lie {min(left):.1e} or more from the threshold")
     for flip in flips:
         print(flip)
+
+
+def opened() -> Cache:
+    cache = Cache(BUILD / "cache", Embedder(BUILD / "embedder"))
+    assert admit(cache, BUILD / "certificate.json") is not None, cache.uncertified
+    return cache
+
+
+def scored() -> Iterator[tuple[int, Considered, float]]:
+    """(number, what was considered, threshold) of every question that has no miss before its score."""
+    cache = opened()
+    assert cache.threshold is not None
+    for number, question in enumerate(questions()):
+        found = cache.consider(question.text)
+        if not isinstance(found, Miss):
+            yield number, found, cache.threshold
 
 
 def decided(cache: Cache, found: Considered) -> str:
@@ -78,15 +107,18 @@ def decided(cache: Cache, found: Considered) -> str:
 class _Replay(Embedder):
     """An embedder whose vectors were made elsewhere."""
 
-    def __init__(self, vectors: dict[str, Any]) -> None:
+    def __init__(self, vectors: dict[str, Vector]) -> None:
         self._vectors = vectors
 
     def embed(self, text: str) -> Vector:
-        return np.array(self._vectors[text], dtype=np.float32)
+        return self._vectors[text]
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "embed":
-        embed()
-    else:
-        compare(Path(sys.argv[2]))
+    match sys.argv[1:]:
+        case ["order"]:
+            order()
+        case ["embed"]:
+            embed()
+        case ["compare", vectors]:
+            compare(Path(vectors))
