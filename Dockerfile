@@ -81,6 +81,7 @@ CMD ["python", "-m", "serving", "serve"]
 
 
 FROM packages AS lambda-packages
+ARG SOURCE_DATE_EPOCH=315532800
 RUN PIP_NO_COMPILE=1 PIP_NO_CACHE_DIR=1 python3 -m pip --disable-pip-version-check install --quiet \
         --target /lambda/opt/lambda --requirement /setup/requirements/lambda.txt \
         --constraint /setup/requirements/linux-$(uname -m).txt \
