@@ -189,10 +189,19 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def built(tree: Path, tmp_path_factory: pytest.TempPathFactory, account: Account) -> tuple[Fork, Ran]:
-    """A fresh fork without a secret, and its first push, which builds all there is to build."""
-    folder = tmp_path_factory.mktemp("forge")
-    fork = make_fork(tree, folder)
-    return fork, fork.run()
+    """A fresh fork without a secret, and its first push, which builds all there is to build: a quarter of an hour.
+
+    EMERALD_TEST_CACHES names a folder for what it has built, from which the next session begins: keys are digests of
+    all that goes in, so what has changed since is built anew.
+    """
+    fork = make_fork(tree, tmp_path_factory.mktemp("forge"))
+    kept = os.environ.get("EMERALD_TEST_CACHES")
+    if kept and Path(kept).is_dir():
+        shutil.copytree(kept, fork.store / "caches")
+    ran = fork.run()
+    if kept:
+        shutil.copytree(fork.store / "caches", kept, dirs_exist_ok=True)
+    return fork, ran
 
 
 @pytest.fixture
