@@ -120,7 +120,12 @@ class Engine:
         """
         self._check(prompt, self.context - 1)
         limit = min(sampling.max_tokens, self.context - len(prompt))
-        return Reply(self.begin(prompt, len(prompt) + limit), sampling, limit, self.tokenizer)
+        sequence = self.begin(prompt, len(prompt) + limit)
+        try:
+            return Reply(sequence, sampling, limit, self.tokenizer)
+        except BaseException:
+            self.end(sequence)
+            raise
 
     def step(self, replies: Sequence[Reply]) -> list[Piece | LogitsError | None]:
         """One forward pass; a piece for each reply that gained a token, None while its prompt is not through.
@@ -285,7 +290,10 @@ class StopGate:
 
     def _undecided(self) -> int:
         """Length of the longest end of the held text that begins a stop text."""
-        lengths = [n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])]
+        held = len(self._held)
+        lengths = [
+            n for stop in self._stops for n in range(1, min(len(stop), held + 1)) if self._held.endswith(stop[:n])
+        ]
         return max(lengths, default=0)
 
     def _release(self, length: int) -> str:

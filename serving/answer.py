@@ -6,6 +6,7 @@ The model is loaded when it is first needed or asked for, so a question with a r
 import logging
 import re
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from model.errors import InputError
 from model.sampling import Sampling
 from model.threads import use_threads
 from model.tokenizer import Message
-from serving.cache import Cache, Hit, Miss
+from serving.cache import LONGEST_QUESTION, Cache, Hit, Miss
 from serving.certificate import Certificate, admit
 from serving.embedder import Embedder
 from serving.prologue import model_id, visible
@@ -29,6 +30,8 @@ from serving.settings import Settings
 LOG = logging.getLogger(__name__)
 VERIFIED_SHARE = 0.9
 """Of loading, how much of the progress bar is reading and verifying files; the rest is computing the persona."""
+LONGEST_LOOKUP = 4000
+"""Characters, spacing and punctuation included, beyond which a message is not even compared with the known ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +113,16 @@ class Storyteller:
         """Whether a conversation (user and assistant turns, oldest first) ends in a question with a ready answer."""
         if not conversation or conversation[-1]["role"] != "user":
             raise InputError("the conversation must end with a user message")
-        found = self.cache.lookup(conversation[-1]["content"]) if use_cache else Miss(reason="the cache was bypassed")
-        if isinstance(found, Miss):
-            return Origin(miss=found.reason)
+        question = conversation[-1]["content"]
+        found: Hit | Miss
+        if not use_cache:
+            found = Miss(reason="the cache was bypassed")
+        elif len(question) > LONGEST_LOOKUP:
+            found = Miss(reason=f"it is longer than {LONGEST_QUESTION} characters")
+        else:
+            found = self.cache.lookup(question)
+        if isinstance(found, Miss):  # the log has why there is no certificate, with paths that are nobody's business
+            return Origin(miss=found.reason.replace(self.cache.uncertified, "no certificate fits"))
         return Origin(cached=found, certificate=self.certificate if found.tier == "semantic" else None)
 
     def prompt(
@@ -123,20 +133,30 @@ class Storyteller:
         A system message that the conversation begins with stands in the persona's place. `choices` are the
         visitor's in the prologue, by scene.
         """
-        system, turns = self._system(choices or {}), list(conversation)
-        if turns[0]["role"] == "system":
-            system = turns.pop(0)
+        system, turns = self._parted(conversation, choices or {})
         room = self.engine.context - min(max_tokens, self.engine.context // 2)
         room = min(room, self._settings.prompt_tokens_max or room)
-        for dropped in range(len(turns)):
-            if turns[dropped]["role"] == "user":
-                tokens = self.engine.tokenizer.encode_chat([system, *turns[dropped:]])
-                if len(tokens) <= room:
-                    return tokens, dropped
+        starts = [at for at, turn in enumerate(turns) if turn["role"] == "user"]
+
+        def written(start: int) -> list[int]:
+            return self.engine.tokenizer.encode_chat([system, *turns[start:]])
+
+        tokens = written(starts[0])
+        if len(tokens) <= room:
+            return tokens, starts[0]
+        fitting = bisect_left(starts, -room, lo=1, key=lambda start: -len(written(start)))
+        if fitting < len(starts):
+            return written(starts[fitting]), starts[fitting]
+        tokens = written(starts[-1])
         raise InputError(
             f"the message is too long: with the persona it has {len(tokens)} tokens, and {room} fit beside a reply of "
             f"{max_tokens}; shorten it"
         )
+
+    def tokens(self, conversation: Sequence[Message]) -> list[int]:
+        """The persona and all of a conversation as the model would read it, whether or not it fits."""
+        system, turns = self._parted(conversation, {})
+        return self.engine.tokenizer.encode_chat([system, *turns])
 
     def reply(self, conversation: Sequence[Message], sampling: Sampling, *, use_cache: bool = True) -> Reply:
         """Answers the last user message of a conversation on the spot, for one user alone."""
@@ -148,6 +168,11 @@ class Storyteller:
         tokens, dropped = self.prompt(conversation, sampling.max_tokens)
         pieces = timed(self.engine.generate(tokens, sampling))
         return Reply(origin=Origin(miss=origin.miss, dropped_turns=dropped), pieces=pieces)
+
+    def _parted(self, conversation: Sequence[Message], choices: Mapping[str, str]) -> tuple[Message, list[Message]]:
+        """The system message, which is the persona's unless the conversation has its own, and the turns."""
+        persona, turns = self._system(choices), list(conversation)
+        return (turns.pop(0), turns) if turns[0]["role"] == "system" else (persona, turns)
 
     def _system(self, choices: Mapping[str, str]) -> Message:
         """The persona, and what the visitor's choices in the prologue add to it."""

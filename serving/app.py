@@ -24,7 +24,6 @@ from starlette.types import Receive, Scope, Send
 from swagger_ui_bundle import swagger_ui_path
 
 from model.engine import Piece
-from model.errors import InputError
 from serving.answer import Origin
 from serving.completion import Completion, TextCompletion, event
 from serving.energy import Energy, EnergyModel
@@ -41,7 +40,7 @@ from serving.protocol import (
     refusal,
 )
 from serving.scheduler import Ticket
-from serving.security import Door, veiled
+from serving.security import SECURITY_HEADERS, Door, veiled
 from serving.service import OWN_NAME, Service
 from serving.settings import Settings
 
@@ -148,22 +147,13 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     @app.post("/tokenize")
     async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
         """Tokens of a text, or of a conversation as the model would read it (vLLM's route)."""
-        tokenizer = service.engine().tokenizer
-        if (request.prompt is None) == (request.messages is None):
-            raise InputError("give either prompt or messages")
-        if request.messages is None:
-            tokens = tokenizer.encode(tokenizer.plain(request.prompt or ""))
-        else:
-            tokens = tokenizer.encode_chat([message.plain() for message in request.messages])
+        tokens = await asyncio.wrap_future(service.tokenize(request.wanted(settings)))
         return {"tokens": tokens, "count": len(tokens), "max_model_len": service.engine().context}
 
     @app.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> dict[str, str]:
         """Text of tokens, special ones left out."""
-        engine = service.engine()
-        if any(token >= engine.architecture.vocab for token in request.tokens):
-            raise InputError(f"tokens: the vocabulary has the tokens 0 to {engine.architecture.vocab - 1}")
-        return {"prompt": engine.tokenizer.decode(request.tokens)}
+        return {"prompt": await asyncio.wrap_future(service.detokenize(request.tokens))}
 
     @app.get("/prologue")
     async def prologue() -> dict[str, Any]:
@@ -185,7 +175,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     for route in app.openapi()["paths"].values():  # kept by the application
         for operation in route.values():
             operation["responses"].pop("422", None)  # FastAPI's own, which never leaves this server
-    app.add_middleware(Door, settings=settings)
+    app.add_middleware(Door, settings=settings, digests=settings.key_digests)
     if settings.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -218,11 +208,11 @@ class Calls:
     ) -> Response:
         """Answers one request; a client that hangs up, at whatever moment, ends its reply before the next token."""
         self._service.check_model(request.model)
-        inbox = Inbox(STREAM_SECONDS if request.stream else self._settings.reply_seconds)
-        client = http.scope["client_name"]
-        ticket = Ticket(request.sampling(self._settings), client, self._settings.reply_seconds, inbox.deliver)
+        inbox = Inbox(STREAM_SECONDS if request.stream else math.inf)
+        client, seconds = http.scope["client_name"], self._settings.reply_seconds
+        ticket = Ticket(request.sampling(self._settings), client, seconds, inbox.deliver, inbox.flush)
         self._enter(client)
-        call = Call(ticket, lambda reason, origin: self._leave(ticket, reason, origin))
+        call = Call(ticket, lambda reason, origin: self._leave(ticket, reason, origin), self._metrics.refused)
         try:
             call.origin = await _until_gone(http, asyncio.wrap_future(begin(ticket)))
             self._metrics.looked_up(call.origin)
@@ -234,8 +224,7 @@ class Calls:
             headers = {"X-Request-Id": completion.identity, **_origin_headers(call.origin)}
             if request.stream:
                 events = completion.events(_after(first, batches), with_usage=request.with_usage)
-                seconds = self._settings.reply_seconds + SEND_SECONDS
-                return EventStream(call.watched(events), headers, seconds, call.end)
+                return EventStream(call.watched(events, completion), headers, seconds + SEND_SECONDS, call.end)
             spoken = await _until_gone(http, _gathered(first, batches))
             call.reason = str(spoken[-1].finish_reason)
             headers |= _energy_headers(self._energy.of(ticket.cpu_seconds))
@@ -263,8 +252,10 @@ class Calls:
 class Call:
     """One completion under way. Whatever happens to it, it ends exactly once."""
 
-    def __init__(self, ticket: Ticket, leave: Callable[[str, Origin | None], None]) -> None:
-        self._ticket, self._leave = ticket, leave
+    def __init__(
+        self, ticket: Ticket, leave: Callable[[str, Origin | None], None], refused: Callable[[int], None]
+    ) -> None:
+        self._ticket, self._leave, self._refused = ticket, leave, refused
         self._ended = False
         self.origin: Origin | None = None
         self.reason = "abort"
@@ -276,20 +267,26 @@ class Call:
             self._ticket.cancel()
             self._leave(self.reason, self.origin)
 
-    async def watched(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    async def watched(self, events: AsyncIterator[str], completion: Completion) -> AsyncIterator[str]:
         """The events; an error among them becomes the last one, since the status line has been sent."""
         try:
             async for one in events:
                 yield one
-            self.reason = "stop"
+            self.reason = str(completion.finish_reason)
         except Exception as fault:
             status, message, _ = described(fault)
+            if status == 500:
+                LOG.exception("a stream failed")
+            self._refused(status)
             self.reason = "error"
             yield event(error_body(status, message))
 
 
 class Inbox:
-    """A reply's pieces from the thread that makes them, for the event loop, which is woken every `seconds` at most."""
+    """A reply's pieces from the thread that makes them, for the event loop, which is woken every `seconds` at most.
+
+    If they are infinite, nobody reads before the end.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._loop = asyncio.get_running_loop()
@@ -301,10 +298,14 @@ class Inbox:
     def deliver(self, piece: Piece | Exception) -> None:
         """Called by one thread at a time; RuntimeError if the loop was closed."""
         self._held.append(piece)
-        now = time.perf_counter()
-        if isinstance(piece, Exception) or piece.finish_reason or now - self._woken >= self._seconds:
-            held, self._held, self._woken = self._held, [], now
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, held)
+        due = time.perf_counter() - self._woken >= self._seconds
+        if isinstance(piece, Exception) or piece.finish_reason or due:
+            self._hand_on()
+
+    def flush(self) -> None:
+        """Hands on what is held, before a wait for the next piece; on the same thread."""
+        if self._held and self._seconds < math.inf:
+            self._hand_on()
 
     async def batches(self) -> AsyncIterator[list[Piece]]:
         """Up to the piece with a finish reason; raises an exception that was delivered, after what came before it."""
@@ -317,6 +318,10 @@ class Inbox:
                 raise fault
             if pieces[-1].finish_reason:
                 return
+
+    def _hand_on(self) -> None:
+        held, self._held, self._woken = self._held, [], time.perf_counter()
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, held)
 
 
 class EventStream(StreamingResponse):
@@ -430,7 +435,8 @@ def _add_handlers(app: FastAPI, metrics: Metrics) -> None:
         return answer(*described(fault))
 
     async def unforeseen(_http: Request, fault: Exception) -> JSONResponse:
-        return answer(*described(fault))
+        status, message, headers = described(fault)
+        return answer(status, message, {**headers, **SECURITY_HEADERS})  # this is sent past the door
 
     app.add_exception_handler(RequestValidationError, invalid)
     for kind in FORESEEN:

@@ -5,9 +5,10 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from typing import Any
 
-from model.engine import Piece
+from model.engine import FinishReason, Piece
 from model.sampling import TokenLogprob
 from model.tokenizer import Tokenizer
 from serving.energy import EnergyModel
@@ -21,6 +22,9 @@ class Completion:
 
     def __init__(self, model: str, ticket: Ticket, tokenizer: Tokenizer | None, energy: EnergyModel) -> None:
         self._ticket, self._tokenizer, self._energy = ticket, tokenizer, energy
+        self.finish_reason: FinishReason | None = None
+        """Why the reply ended, once its last event was made."""
+        self._offset = 0
         self.identity = f"{self.prefix}-{uuid.uuid4().hex}"
         self._head = {"id": self.identity, "created": int(time.time()), "model": model}
         self._chunk_head = {**self._head, "object": self.chunk_kind}
@@ -39,6 +43,7 @@ class Completion:
         async for pieces in batches:
             for chunk in self.chunks(pieces):
                 yield event(chunk)
+            self.finish_reason = pieces[-1].finish_reason
         if with_usage:
             yield event({**self._chunk_head, "choices": [], **self.figures()})
         yield "data: [DONE]\n\n"
@@ -122,7 +127,7 @@ class TextCompletion(Completion):
         if self._ticket.sampling.logprobs is None:
             return None
         tokens = [self._spelt(chosen) for chosen, *_ in known]
-        offsets = [sum(map(len, tokens[:at])) for at in range(len(tokens))]
+        *offsets, self._offset = accumulate(map(len, tokens), initial=self._offset)
         return {
             "tokens": tokens,
             "token_logprobs": [chosen.logprob for chosen, *_ in known],

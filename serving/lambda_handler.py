@@ -17,11 +17,12 @@ application itself, whose answer Lambda takes as a whole: streams arrive in one 
 import base64
 import json
 import logging
+import math
 import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
@@ -86,7 +87,7 @@ class Environment:
             LOG.warning("refused an event: %s", fault)
             return _refused(400, str(fault))
         except TimeoutError:
-            return _refused(503, LATE)
+            return _refused(503, LATE, {"retry-after": "1"})
         except Exception:
             LOG.exception("an event failed")
             return _refused(500, BROKEN)
@@ -186,13 +187,19 @@ class Environment:
 
     def _http(self, event: Answer, around: Answer, context: Context) -> Answer:
         _check_http(event, around)
-        left = allowance(LOADING_SECONDS, context.get_remaining_time_in_millis(), awaited=True)
-        service = self._begun.result(left)
-        application = self._application(_settings(self.settings, around))
-        answer = _called(application, event, context)
-        if answer["statusCode"] == 503 and service.wait(left) and service.failure is None:
-            answer = _called(application, event, context)
-        return answer
+        until = time.monotonic() + allowance(GATEWAY_SECONDS, context.get_remaining_time_in_millis(), awaited=True)
+
+        def left() -> float:
+            return max(0.0, until - time.monotonic())
+
+        def answer() -> Answer:
+            return _called(self._application(_settings(self.settings, around, left())), event, context)
+
+        service = self._begun.result(min(LOADING_SECONDS, left()))
+        given = answer()
+        if given["statusCode"] == 503 and service.wait(min(LOADING_SECONDS, left())) and service.failure is None:
+            given = answer()
+        return given
 
     def _application(self, settings: Settings) -> Callable[[Any, Any], Answer]:
         if settings not in self._applications:
@@ -204,13 +211,16 @@ class Environment:
         return self._applications[settings]
 
 
-def _settings(settings: Settings, around: Answer) -> Settings:
-    """As HTTP events want them: AWS has checked who signed one with IAM, and API Gateway waits for 30 seconds only."""
+def _settings(settings: Settings, around: Answer, left: float) -> Settings:
+    """As HTTP events want them: AWS has checked who signed one with IAM, and API Gateway waits so long only.
+
+    In whole seconds, since there is an application for every setting.
+    """
     authorizer = around.get("authorizer")
     if isinstance(authorizer, dict) and authorizer.get("iam"):
         settings = replace(settings, api_keys="", api_keys_file="")
     if ".lambda-url." not in str(around.get("domainName")):
-        settings = replace(settings, reply_seconds=min(settings.reply_seconds, GATEWAY_SECONDS))
+        settings = replace(settings, reply_seconds=min(settings.reply_seconds, max(1.0, math.floor(left))))
     return settings
 
 
@@ -255,8 +265,8 @@ def _message(event: Answer) -> object:
         return None
 
 
-def _refused(status: int, message: str) -> Answer:
-    headers = {"content-type": "application/json"}
+def _refused(status: int, message: str, headers: Mapping[str, str] | None = None) -> Answer:
+    headers = {"content-type": "application/json", **(headers or {})}
     return {"statusCode": status, "headers": headers, "body": json.dumps(error_body(status, message))}
 
 

@@ -3,7 +3,7 @@
 Whatever is not supported is refused by name, never ignored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -24,6 +24,8 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
+StopText = Annotated[str, Field(max_length=500), AfterValidator(_encodable)]
+"""Every token of a reply is compared with it."""
 
 
 class _Strict(BaseModel):
@@ -97,10 +99,10 @@ class _Generation(_Strict):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     seed: int | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    n: Literal[1] = 1
-    stream: bool = False
+    n: Literal[1] | None = 1
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     """Accepted for the caller's own records; not used."""
@@ -136,7 +138,7 @@ class ChatRequest(_Generation):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool = False
+    logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     emerald: EmeraldOptions = EmeraldOptions()
 
@@ -159,16 +161,7 @@ class ChatRequest(_Generation):
 
     def conversation(self, settings: Settings) -> list[Message]:
         """The turns, oldest first; InputError for a system prompt where none is allowed."""
-        turns = [message.plain() for message in self.messages]
-        systems = [at for at, turn in enumerate(turns) if turn["role"] == "system"]
-        if systems and not settings.system_prompt:
-            raise InputError(
-                f"messages.{systems[0]}.role: this server speaks as its own persona and takes no system prompt "
-                "(whoever runs it can allow them with EMERALD_SYSTEM_PROMPT=true)"
-            )
-        if systems not in ([], [0]) or len(turns) == len(systems):
-            raise InputError("messages: a system prompt comes first, once, and a user message after it")
-        return turns
+        return _turns(self.messages, settings)
 
 
 class TextRequest(_Generation):
@@ -176,7 +169,7 @@ class TextRequest(_Generation):
 
     prompt: Annotated[Text, Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: Literal[False] = False
+    echo: Literal[False] | None = False
 
     @property
     def alternatives(self) -> int | None:
@@ -189,6 +182,14 @@ class TokenizeRequest(_Strict):
 
     prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)] | None = None
+
+    def wanted(self, settings: Settings) -> str | list[Message]:
+        """The text, or the turns as `ChatRequest.conversation` has them; InputError unless it is one of them."""
+        if self.messages is not None and self.prompt is None:
+            return _turns(self.messages, settings)
+        if self.prompt is not None and self.messages is None:
+            return self.prompt
+        raise InputError("give either prompt or messages")
 
 
 class DetokenizeRequest(_Strict):
@@ -204,3 +205,16 @@ def refusal(errors: list[Mapping[str, Any]]) -> tuple[str, str | None]:
     if first["type"] == "extra_forbidden":
         return f"{place}: not supported by this server; leave it out", place
     return f"{place or 'body'}: {first['msg'].removeprefix('Value error, ')}", place or None
+
+
+def _turns(messages: Sequence[ChatMessage], settings: Settings) -> list[Message]:
+    turns = [message.plain() for message in messages]
+    systems = [at for at, turn in enumerate(turns) if turn["role"] == "system"]
+    if systems and not settings.system_prompt:
+        raise InputError(
+            f"messages.{systems[0]}.role: this server speaks as its own persona and takes no system prompt "
+            "(whoever runs it can allow them with EMERALD_SYSTEM_PROMPT=true)"
+        )
+    if systems not in ([], [0]) or len(turns) == len(systems):
+        raise InputError("messages: a system prompt comes first, once, and a user message after it")
+    return turns

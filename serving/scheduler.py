@@ -43,7 +43,14 @@ class OutOfTimeError(Exception):
 class Ticket:
     """A request's way through the scheduler; what is measured of it is complete once its last piece is delivered."""
 
-    def __init__(self, sampling: Sampling, client: str, seconds: float, deliver: Deliver) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        client: str,
+        seconds: float,
+        deliver: Deliver,
+        flush: Callable[[], None] = lambda: None,
+    ) -> None:
         self.sampling = sampling
         self.client = client
         self.created = time.perf_counter()
@@ -58,6 +65,8 @@ class Ticket:
         """The process's CPU time in the engine's steps, shared out by the tokens that each reply had computed."""
         self.cancelled = False
         self.deliver = deliver
+        self.flush = flush
+        """Hands on what the receiver holds back, on the same thread as `deliver`: the next piece may take long."""
         self.deadline = self.created + seconds
         self.reply: Reply | None = None
 
@@ -122,8 +131,9 @@ class Scheduler:
             self._closing = True
             self._changed.notify()
         self._thread.join(seconds)
-        for ticket in [*self._running, *(ticket for queue in self._waiting.values() for ticket in queue)]:
-            ticket.cancel()
+        with self._changed:
+            for ticket in [*self._running, *(ticket for queue in self._waiting.values() for ticket in queue)]:
+                ticket.cancel()
         self._thread.join()
 
     def _work(self, threads: int) -> None:
@@ -153,9 +163,14 @@ class Scheduler:
                 self._end(ticket)
             elif ticket.deadline < now:
                 assert ticket.reply is not None
-                piece = ticket.reply.cut()
+                last: Piece | Exception
+                try:
+                    last = ticket.reply.cut()
+                except Exception as fault:
+                    LOG.exception("a reply could not be cut")
+                    last = fault
                 self._end(ticket)
-                _deliver(ticket, piece)
+                _deliver(ticket, last)
 
     def _admit(self) -> None:
         while self._waiting and self._free_places():
@@ -168,6 +183,9 @@ class Scheduler:
                     return
                 self._refuse(client, fault)
             except InputError as fault:
+                self._refuse(client, fault)
+            except Exception as fault:  # whatever it was, the others must not wait for ever
+                LOG.exception("a request could not be admitted")
                 self._refuse(client, fault)
             else:
                 self._next(client)
@@ -193,14 +211,19 @@ class Scheduler:
     def _step(self) -> None:
         replies = [ticket.reply for ticket in self._running if ticket.reply is not None]
         before = [reply.sequence.computed for reply in replies]
+        if any(len(reply.sequence.tokens) - done > 1 for reply, done in zip(replies, before, strict=True)):
+            for ticket in self._running:  # a prompt takes far longer than a token
+                _flush(ticket)
         start = time.process_time()
         try:
             pieces = self._engine.step(replies)
         except Exception as fault:  # whatever it was, the others must not wait for ever
             LOG.exception("a step of %d replies failed", len(replies))
-            self._engine.forget()
-            for ticket in list(self._running):
+            failed = list(self._running)
+            for ticket in failed:
                 self._end(ticket)
+            self._engine.forget()  # what they left, too
+            for ticket in failed:
                 _deliver(ticket, fault)
             return
         spent, now = time.process_time() - start, time.perf_counter()
@@ -240,5 +263,12 @@ def _deliver(ticket: Ticket, piece: Piece | Exception) -> None:
     """A receiver that has gone, as an event loop that was closed, must not end the thread that serves the others."""
     try:
         ticket.deliver(piece)
+    except RuntimeError:
+        ticket.cancel()
+
+
+def _flush(ticket: Ticket) -> None:
+    try:
+        ticket.flush()
     except RuntimeError:
         ticket.cancel()

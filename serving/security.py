@@ -39,9 +39,9 @@ class RefusedError(Exception):
 class Door:
     """ASGI middleware around everything else; puts the caller's name, for fairness, into the scope's `client_name`."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, digests: Sequence[str]) -> None:
         self._app = app
-        self._digests = settings.key_digests
+        self._digests = digests
         self._body_bytes_max, self._receive_seconds = settings.body_bytes_max, settings.receive_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,6 +57,7 @@ class Door:
                     headers.setdefault(name, value)
             await send(message)
 
+        scope["headers"] = [header for header in scope["headers"] if header[0] != b"range"]  # files are sent whole
         headers = Headers(scope=scope)
         try:
             scope["client_name"] = self._caller(scope, headers)

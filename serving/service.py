@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import TypeVar
 
 from model.engine import Engine, Piece
 from model.errors import InputError
@@ -24,6 +25,7 @@ LOG = logging.getLogger(__name__)
 OWN_NAME = "emerald"
 """Names the served model whatever it is, so that clients need not know."""
 READY_WAIT_SECONDS = 0.05
+T = TypeVar("T")
 
 
 class LoadingError(Exception):
@@ -66,7 +68,7 @@ class Service:
 
     def close(self) -> None:
         """Takes nothing new, and lets what was admitted end within the time that is set for it."""
-        self._lookups.shutdown(wait=True)
+        self._lookups.shutdown(wait=True, cancel_futures=True)
         if self.scheduler is not None:
             self.scheduler.close(self.settings.drain_seconds)
 
@@ -104,7 +106,12 @@ class Service:
 
         def work() -> Origin:
             start = time.thread_time()
-            origin = self.opened().look_up(conversation, use_cache=use_cache)
+            try:
+                origin = self.opened().look_up(conversation, use_cache=use_cache)
+            except InputError as fault:
+                if conversation[-1]["role"] != "user":
+                    raise
+                raise self._not_ready() from fault  # not the request's: the cache's own artifacts do not load
             ticket.cpu_seconds = time.thread_time() - start
             if origin.cached is not None:
                 _give(ticket, spoken(origin.cached.answer))
@@ -132,14 +139,48 @@ class Service:
                     f"prompt: it has {len(tokens)} tokens, and the context holds {self.engine().context} with the "
                     "reply; shorten it"
                 )
-            if not all(0 <= token < self.engine().architecture.vocab for token in tokens):
-                raise InputError(f"prompt: the vocabulary has the tokens 0 to {self.engine().architecture.vocab - 1}")
+            self._check_known("prompt", tokens)
+            if not isinstance(text, str) and not self.settings.system_prompt:
+                self._check_plain(tokens)
             self._generate(ticket, tokens)
             return Origin(miss="plain text is continued, not answered")
 
         return self._look_up(work)
 
-    def _look_up(self, work: Callable[[], Origin]) -> "Future[Origin]":
+    def tokenize(self, text: str | Sequence[Message]) -> "Future[list[int]]":
+        """Tokens of plain text, or of a conversation with the persona in front. Raises what `answer` does."""
+
+        def work() -> list[int]:
+            tokenizer = self.engine().tokenizer
+            return tokenizer.encode(tokenizer.plain(text)) if isinstance(text, str) else self.opened().tokens(text)
+
+        return self._look_up(work)
+
+    def detokenize(self, tokens: Sequence[int]) -> "Future[str]":
+        """Text of tokens, special ones left out. Raises what `answer` does."""
+
+        def work() -> str:
+            self._check_known("tokens", tokens)
+            return self.engine().tokenizer.decode(tokens)
+
+        return self._look_up(work)
+
+    def _check_known(self, name: str, tokens: Sequence[int]) -> None:
+        vocab = self.engine().architecture.vocab
+        if not all(0 <= token < vocab for token in tokens):
+            raise InputError(f"{name}: the vocabulary has the tokens 0 to {vocab - 1}")
+
+    def _check_plain(self, tokens: Sequence[int]) -> None:
+        """InputError for a special token, which text cannot spell: it could open another system prompt."""
+        tokenizer = self.engine().tokenizer
+        opening = tokenizer.encode("")  # what is put before every text
+        given = tokens[len(opening) :] if list(tokens[: len(opening)]) == opening else tokens
+        for token in set(given):
+            spelt = tokenizer.token_bytes(token).decode(errors="replace")
+            if tokenizer.plain(spelt) != spelt:
+                raise InputError(f"prompt: token {token} is special, and this server takes those of text only")
+
+    def _look_up(self, work: Callable[[], T]) -> "Future[T]":
         if not self._places.acquire(blocking=False):
             raise QueueFullError(retry_after=1)
         try:
@@ -186,3 +227,4 @@ class Service:
 def _give(ticket: Ticket, pieces: Iterable[Piece]) -> None:
     for piece in pieces:
         ticket.deliver(piece)
+        ticket.flush()

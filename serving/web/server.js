@@ -17,7 +17,8 @@ export async function untilReady(tell) {
   for (;;) {
     let state = { status: "unreachable", progress: 0 };
     try {
-      state = await (await fetch("/health/ready")).json();
+      const said = await (await fetch("/health/ready")).json();
+      if (typeof said?.status === "string") state = said; // else it is a proxy's
     } catch {
       // not listening, or restarting
     }

@@ -121,6 +121,25 @@ def test_the_prologue_needs_nothing_heavy(embedded_build: Path, management: Mana
     assert (frames[-1]["type"], frames[-1]["status"], frames[-1]["retry_after"]) == ("error", 503, 1)
 
 
+def test_a_server_that_is_still_starting_says_when_to_come_back(tmp_path: Path) -> None:
+    answer = json.loads(run(STARTING, tmp_path, json.dumps(events.http("GET", "/v1/models"))))
+    assert (answer["statusCode"], answer["headers"]["retry-after"]) == (503, "1")
+
+
+def test_what_was_waited_is_taken_from_the_answers_time(tmp_path: Path) -> None:
+    code = (
+        LIGHT
+        + """
+from serving.lambda_handler import _settings
+from serving.settings import Settings
+through_url = {"domainName": "x.lambda-url.us-east-1.on.aws"}
+asked = [({}, 26.9), ({}, 7.2), ({}, 0), (through_url, 7)]
+print([float(_settings(Settings(), around, left).reply_seconds) for around, left in asked])
+"""
+    )
+    assert json.loads(run(code, tmp_path)) == [26.0, 7.0, 1.0, 300.0]
+
+
 @pytest.mark.parametrize(
     ("module", "absent"),
     [

@@ -1,5 +1,6 @@
 """The text of a reply, when it ends and why, with a model that says what a test wants said."""
 
+import time
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -174,6 +175,12 @@ def test_gate(pieces: list[str], stops: list[str], expected: tuple[list[str], st
 def test_gate_finds_a_stop_text_in_the_last_flush() -> None:
     gate = StopGate(["END"])
     assert (gate.push("xEN"), gate.flush("Dy"), gate.stopped) == ("x", "", True)
+
+
+def test_a_long_stop_text_costs_no_more_than_what_is_held() -> None:
+    gate, begun = StopGate(["x" * 100_000]), time.perf_counter()
+    assert "".join(gate.push("ab") for _ in range(100)) == "ab" * 100
+    assert time.perf_counter() - begun < 1
 
 
 def test_timing_counts_from_the_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.serving.server import call, serving, wait_until_ready
+from tests.serving.server import call, figure, serving, wait_until_ready
 
+ROLES = ("user", "assistant")
 ENERGY = ("cpu-seconds", "joules", "grams-co2e", "energy-source")
 
 
@@ -99,6 +100,8 @@ def test_a_stream_says_the_same_as_the_whole(port: int) -> None:
         ({"messages": [{"role": "user", "content": "half \ud800"}]}, "surrogate"),
         ({"messages": [{"role": "user", "content": "hi"}], "top_logprobs": 2}, "logprobs"),
         ({"messages": [{"role": "user", "content": "hi"}], "n": 2}, "n"),
+        ({"messages": [{"role": "user", "content": "hi"}], "stop": "x" * 501}, "stop"),
+        ({"messages": [{"role": "user", "content": "hi"}], "stop": ["x", "y" * 501]}, "stop"),
         ({"messages": [{"role": "user", "content": "hi"}], "emerald": {"choices": {"road": "sword"}}}, "sword"),
         ({"messages": [{"role": "user", "content": "hi"}], "emerald": {"choices": {"sea": "ship"}}}, "sea"),
     ],
@@ -192,20 +195,79 @@ def test_tokens_there_and_back(port: int) -> None:
     assert call(port, "POST", "/tokenize", {})[0] == 400
 
 
-def test_metrics_carry_known_names_and_count(port: int) -> None:
-    def figure(name: str) -> float:
-        lines = call(port, "GET", "/metrics")[2].splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+def test_tokens_of_a_conversation_are_those_of_its_usage(port: int) -> None:
+    question = "I open the third door on the left."
+    _, _, text = call(port, "POST", "/tokenize", {"messages": [{"role": "user", "content": question}]})
+    assert json.loads(text)["count"] == ask(port, question)[2]["usage"]["prompt_tokens"]
 
-    before = figure("vllm:generation_tokens_total"), figure('emerald_cache_lookups_total{result="exact"}')
+
+def test_nobody_speaks_for_the_persona(port: int) -> None:
+    system = [{"role": "system", "content": "obey"}, {"role": "user", "content": "hi"}]
+    status, _, text = call(port, "POST", "/tokenize", {"messages": system})
+    assert (status, "system prompt" in text) == (400, True)
+    for prompt in ([1, 9690, 198], [504, 2, 28]):
+        status, _, text = call(port, "POST", "/v1/completions", {"prompt": prompt, "max_tokens": 1})
+        assert (status, "is special" in json.loads(text)["error"]["message"]) == (400, True)
+    assert call(port, "POST", "/v1/completions", {"prompt": [504, 28], "max_tokens": 1})[0] == 200
+
+
+def test_null_is_the_default(port: int) -> None:
+    assert ask(port, "Who is Toto?", n=None, stream=None, logprobs=None)[0] == 200
+    body = {"prompt": "Once", "max_tokens": 1, "echo": None, "n": None, "stream": None}
+    assert call(port, "POST", "/v1/completions", body)[0] == 200
+
+
+def test_what_is_far_too_long_is_no_question(port: int) -> None:
+    _, headers, _ = ask(port, "Who is Toto" + "-" * 4500)
+    assert headers["x-emerald-miss"] == "it is longer than 500 characters"
+    assert ask(port, "Who is Toto" + "-" * 400)[1]["x-emerald-source"] == "cache"
+
+
+def test_the_latest_turns_that_fit_are_read(port: int) -> None:
+    turns = [{"role": role, "content": f"{number} " + "wizard " * 300} for number in range(12) for role in ROLES]
+    body = {"messages": [*turns, {"role": "user", "content": "I look up."}], "max_tokens": 2}
+    status, headers, text = call(port, "POST", "/v1/chat/completions", body)
+    dropped = int(headers["x-emerald-dropped-turns"])
+    assert (status, dropped % 2) == (200, 0)
+    assert 0 < dropped < 24
+    _, _, fewer = call(port, "POST", "/tokenize", {"messages": body["messages"][dropped:]})  # type: ignore[index]
+    _, _, more = call(port, "POST", "/tokenize", {"messages": body["messages"][dropped - 2 :]})  # type: ignore[index]
+    assert json.loads(fewer)["count"] == json.loads(text)["usage"]["prompt_tokens"]
+    assert json.loads(more)["count"] > json.loads(text)["usage"]["prompt_tokens"] + 300
+    assert json.loads(more)["count"] > json.loads(more)["max_model_len"] - 2
+
+
+def test_a_streams_offsets_go_on_and_its_end_is_counted(port: int) -> None:
+    def counted() -> float:
+        return figure(port, 'vllm:request_success_total{finished_reason="length"}')
+
+    before = counted()
+    body = {"prompt": "Once upon a", "max_tokens": 8, "temperature": 0, "logprobs": 1}
+    whole = json.loads(call(port, "POST", "/v1/completions", body)[2])["choices"][0]["logprobs"]
+    assert counted() == before + 1
+    _, _, text = call(port, "POST", "/v1/completions", {**body, "stream": True})
+    chunks = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: {")]
+    known = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [offset for one in known if one for offset in one["text_offset"]] == whole["text_offset"]
+    assert counted() == before + 2
+
+
+def test_files_are_sent_whole_whatever_range_is_asked_for(port: int) -> None:
+    for path in ("/", "/web/app.js"):
+        for asked in ("bytes=9999999-", "nonsense", "bytes=0-3"):
+            assert call(port, "GET", path, headers={"Range": asked})[0] == 200
+
+
+def test_metrics_carry_known_names_and_count(port: int) -> None:
+    before = figure(port, "vllm:generation_tokens_total"), figure(port, 'emerald_cache_lookups_total{result="exact"}')
     ask(port, "I look up.")
     ask(port, "Who is the Wizard?")
-    after = figure("vllm:generation_tokens_total"), figure('emerald_cache_lookups_total{result="exact"}')
+    after = figure(port, "vllm:generation_tokens_total"), figure(port, 'emerald_cache_lookups_total{result="exact"}')
     assert after[0] > before[0]
     assert after[1] == before[1] + 1
-    assert figure("vllm:num_requests_running") == 0
-    assert figure("emerald_load_progress") == 1
-    assert 0 < figure("emerald_certificate_false_hit_bound") <= 0.02
+    assert figure(port, "vllm:num_requests_running") == 0
+    assert figure(port, "emerald_load_progress") == 1
+    assert 0 < figure(port, "emerald_certificate_false_hit_bound") <= 0.02
 
 
 def test_the_page_and_its_policy(port: int) -> None:
@@ -318,3 +380,34 @@ def test_a_damaged_model_is_said_without_a_path(embedded_build: Path, tmp_path: 
         assert ask(port, "I look up.")[0] == 503
         assert "manifest.json" in server.log()
     assert str(tmp_path) not in answer["status"]
+
+
+def test_a_cache_that_does_not_load_is_the_servers_fault_and_said_without_a_path(
+    embedded_build: Path, tmp_path: Path
+) -> None:
+    for name in ("engine", "cache", "certificate.json"):
+        (tmp_path / name).symlink_to(embedded_build / name)
+    embedder = tmp_path / "embedder"
+    embedder.mkdir()
+    for file in (embedded_build / "embedder").iterdir():
+        (embedder / file.name).symlink_to(file)
+    (embedder / "program.so").unlink()
+    with serving(tmp_path) as server:
+        for _ in range(300):
+            with contextlib.suppress(OSError):
+                if json.loads(call(server.port, "GET", "/health/ready")[2])["status"] != "loading":
+                    break
+            time.sleep(0.1)
+        status, _, answer = ask(server.port, "I look up.")
+        assert (status, answer["error"]["message"]) == (503, "the model cannot be loaded; the server's log says why")
+        assert ask(server.port, "Who is Toto?")[0] == 200
+
+
+def test_why_there_is_no_certificate_stays_in_the_log(embedded_build: Path, tmp_path: Path) -> None:
+    for name in ("embedder", "cache", "engine"):
+        (tmp_path / name).symlink_to(embedded_build / name)
+    with serving(tmp_path) as server:
+        wait_until_ready(server.port)
+        miss = ask(server.port, "Could you tell me who the Wizard is, please?")[1]["x-emerald-miss"]
+        assert miss == "only exact matches answer: no certificate fits"
+        assert str(tmp_path) in server.log()

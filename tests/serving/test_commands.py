@@ -112,6 +112,16 @@ def test_a_bad_variable_is_named(
     assert f"{variable} = " in capsys.readouterr().err
 
 
+def test_a_key_that_is_no_digest_ends_the_server_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EMERALD_API_KEYS", "open sesame")
+    assert main(["serve"]) == 2
+    said = capsys.readouterr().err
+    assert "API key 1 is no SHA-256" in said
+    assert "sesame" not in said
+
+
 def test_every_setting_has_a_variable_and_the_readme_names_it() -> None:
     assert set(VARIABLES) == set(Settings.__dataclass_fields__)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

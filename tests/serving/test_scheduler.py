@@ -154,15 +154,15 @@ def test_cancelling_ends_within_a_token_and_frees_the_place(engine: Engine, star
     queued.ticket.cancel()
     running.ticket.cancel()
     made = running.ticket.tokens
-    assert last.text() == alone_of_last(engine, scheduler)
+    assert last.text() == alone_of(engine, scheduler, PROMPTS[2])
     assert running.ticket.tokens <= made + 1
     assert queued.came.empty()
     assert idle(scheduler)
 
 
-def alone_of_last(engine: Engine, scheduler: Scheduler) -> str:
+def alone_of(engine: Engine, scheduler: Scheduler, prompt: str) -> str:
     scheduler.close(10)
-    return alone(engine, PROMPTS[2])
+    return alone(engine, prompt)
 
 
 def test_time_runs_out_for_a_running_and_for_a_waiting_request(engine: Engine, start: Callable[..., Scheduler]) -> None:
@@ -233,6 +233,53 @@ def test_a_failed_step_ends_its_replies_and_nothing_else(
         Asked(scheduler, engine, PROMPTS[0]).next()
     assert Asked(scheduler, engine, PROMPTS[1]).text() == expected
     assert idle(scheduler)
+
+
+def test_a_failed_step_leaves_nothing_for_later_prompts(
+    engine: Engine, start: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = start()
+    long, step, steps = " ".join(PROMPTS * 20), Engine.step, list[int]()
+
+    def failing(self: Engine, replies: list[Reply]) -> object:
+        steps.append(1)
+        if len(steps) == 2:
+            raise MemoryError("no room")
+        return step(self, replies)
+
+    monkeypatch.setattr(Engine, "step", failing)
+    with pytest.raises(MemoryError):
+        Asked(scheduler, engine, long).text()
+    again = Asked(scheduler, engine, long)
+    again.text()
+    assert again.ticket.cached_tokens == 0
+
+
+@pytest.mark.parametrize("place", ["open", "cut"])
+def test_a_fault_between_steps_reaches_its_request_and_nobody_else(
+    engine: Engine, start: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def failing(*_arguments: object) -> object:
+        raise MemoryError("no room")
+
+    scheduler = start()
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine if place == "open" else Reply, place, failing)
+        with pytest.raises(MemoryError):
+            Asked(scheduler, engine, PROMPTS[0], seconds=0.5, max_tokens=1500, stop=("no such text",)).text()
+    assert Asked(scheduler, engine, PROMPTS[1]).text() == alone_of(engine, scheduler, PROMPTS[1])
+
+
+def test_what_is_held_is_handed_on_before_another_prompt(engine: Engine, start: Callable[..., Scheduler]) -> None:
+    scheduler, flushed = start(), threading.Event()
+    running = Asked(scheduler, engine, PROMPTS[0], max_tokens=400, stop=("no such text",))
+    running.next()
+    running.ticket.flush = flushed.set
+    running.next()
+    assert not flushed.is_set()
+    Asked(scheduler, engine, PROMPTS[1]).next()
+    assert flushed.is_set()
+    running.ticket.cancel()
 
 
 def test_a_receiver_that_fails_is_dropped(engine: Engine, start: Callable[..., Scheduler]) -> None:
