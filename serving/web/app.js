@@ -146,7 +146,12 @@ part("sound").onclick = () => {
   sound.toggle();
   part("sound").ariaPressed = String(sound.on);
 };
-addEventListener("storage", list); // another page of ours kept or deleted a story
+addEventListener("storage", ({ key }) => {
+  // another page of ours kept or deleted a story
+  const kept = key?.endsWith(story.id) && stories.all().find(({ id }) => id === story.id);
+  if (kept && !busy && !part("turns").querySelector("textarea")) open(kept);
+  else list();
+});
 addEventListener("pagehide", () => story.turns.at(-1)?.growing && keep(story)); // as far as it was told
 
 // The bar is the server's own progress; it is not shown at all if the model is ready.

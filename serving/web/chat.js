@@ -21,6 +21,7 @@ export class Chat {
   show(story) {
     this.stop();
     this.story = story;
+    story.turns = story.turns.map((turn) => (turn.growing && !turn.text && turn.before) || turn);
     for (const turn of story.turns) {
       if (turn.growing) Object.assign(turn, { growing: undefined, stopped: true }); // the page was closed meanwhile
     }
@@ -42,7 +43,7 @@ export class Chat {
   async regenerate() {
     const { story } = this;
     const before = story.turns.pop();
-    const turn = await this.reply({ useCache: unanswered(before) });
+    const turn = await this.reply({ useCache: unanswered(before), before: before.text ? before : undefined });
     if (turn.text || !before.text || story.turns.at(-1) !== turn) return;
     story.turns.splice(-1, 1, before);
     this.hooks.keep(story);
@@ -57,14 +58,15 @@ export class Chat {
     await this.send(text);
   }
 
-  async reply({ useCache }) {
+  // `before` is kept with the answer until that has a word, so that closing the page loses neither.
+  async reply({ useCache, before }) {
     const { story } = this;
     const messages = story.turns.filter((turn) => turn.text).slice(-MESSAGES_MAX);
     const body = {
       messages: messages.map((turn) => ({ role: turn.role, content: turn.text })),
       emerald: { cache: useCache, choices: this.hooks.choices(story) },
     };
-    const turn = { role: "assistant", text: "", growing: true };
+    const turn = { role: "assistant", text: "", growing: true, before };
     story.turns.push(turn);
     this.hooks.keep(story);
     this.draw();
@@ -94,6 +96,7 @@ export class Chat {
       },
       text: (piece) => {
         turn.text += piece;
+        delete turn.before;
         this.grow(turn);
       },
       figures: ({ usage, timings }, finish) => {
@@ -107,6 +110,7 @@ export class Chat {
       else turn.fault = fault.message;
     }
     delete turn.growing;
+    delete turn.before;
   }
 
   draw() {
