@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from playwright.sync_api import Browser, Response, expect
 
+from model.tokenizer import Tokenizer
 from tests.browser.slowed import slowed
 from tests.browser.visit import Visit, visiting
 from tests.conftest import ROOT
@@ -92,7 +93,7 @@ def test_a_ready_answer_comes_and_others_wait_while_the_model_loads(chromium: Br
         expect(visit.end()).to_contain_text("Told by the model")
 
 
-def test_choices_reach_the_system_prompt(visit: Opened, server: Server) -> None:
+def test_choices_reach_the_system_prompt(visit: Opened, server: Server, embedded_build: Path) -> None:
     """The request carries them; the prompt has the tokens of the author's sentences, no more; the story changes."""
     visitor = visit(reduced_motion="reduce")
     chosen = {scene["id"]: scene["choices"][-1] for scene in SCENES if "choices" in scene}
@@ -105,8 +106,10 @@ def test_choices_reach_the_system_prompt(visit: Opened, server: Server) -> None:
 
     shapes = [choice["shapes"] for choice in chosen.values()]
     system = {"role": "system", "content": " ".join([PERSONA["system_prompt"].strip(), *shapes])}
-    _, _, text = call(server.port, "POST", "/tokenize", {"messages": [system, *body["messages"]]})
-    assert visitor.figures(answer)["Prompt"].startswith(f"{json.loads(text)['count']} tokens")
+    tokens = Tokenizer.load(embedded_build / "engine").encode_chat(
+        [Message(**one) for one in (system, *body["messages"])]
+    )
+    assert visitor.figures(answer)["Prompt"].startswith(f"{len(tokens)} tokens")
 
     def told(choices: dict[str, str]) -> Any:
         shaped = {"messages": body["messages"], "emerald": {"choices": choices, "cache": False}, **GREEDY}
