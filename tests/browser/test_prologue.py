@@ -106,9 +106,7 @@ def test_choices_reach_the_system_prompt(visit: Opened, server: Server, embedded
 
     shapes = [choice["shapes"] for choice in chosen.values()]
     system = {"role": "system", "content": " ".join([PERSONA["system_prompt"].strip(), *shapes])}
-    tokens = Tokenizer.load(embedded_build / "engine").encode_chat(
-        [Message(**one) for one in (system, *body["messages"])]
-    )
+    tokens = Tokenizer.load(embedded_build / "engine").encode_chat([system, *body["messages"]])
     assert visitor.figures(answer)["Prompt"].startswith(f"{len(tokens)} tokens")
 
     def told(choices: dict[str, str]) -> Any:
