@@ -13,7 +13,6 @@ named by file and line, since the questions are sealed.
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,48 +35,49 @@ def questions() -> list[Question]:
 
 
 def order() -> None:
-    """Numbers of all questions that have a score, by its distance from the threshold, as JSON on standard output."""
-    distances = {number: abs(found.score - threshold) for number, found, threshold in scored()}
-    json.dump(sorted(distances, key=distances.__getitem__), sys.stdout)
+    """[number, distance of its score from the threshold] of all questions that have one, nearest first, as JSON."""
+    cache, distances = opened(), {}
+    assert cache.threshold is not None
+    for number, question in enumerate(questions()):
+        found = cache.consider(question.text)
+        if not isinstance(found, Miss):
+            distances[number] = abs(found.score - cache.threshold)
+    json.dump(sorted(distances.items(), key=lambda item: item[1]), sys.stdout)
 
 
 def embed() -> None:
-    """Vectors of the questions whose numbers standard input has, in that order: a line of JSON each."""
-    numbers, asked = json.load(sys.stdin), questions()
+    """Vectors of the questions that standard input names, in that order: a line of JSON each."""
+    wanted, asked = json.load(sys.stdin), questions()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "embedder"
         export_embedder.run(embedded().export_embedder, BUILD / "trained", folder)
         embedder = Embedder(folder)
-        for number in numbers:
+        for number, distance in wanted:
             vector = embedder.embed(asked[number].text).tolist()
-            print(json.dumps({"cpu": family(), "question": number, "vector": vector}), flush=True)
+            print(json.dumps({"cpu": family(), "question": number, "distance": distance, "vector": vector}), flush=True)
 
 
 def compare(file: Path) -> None:
     """Prints every flipped decision, and how far scores moved."""
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    there = {line["question"]: np.array(line["vector"], dtype=np.float32) for line in lines}
     asked, cache = questions(), opened()
-    replay = _Replay({asked[number].text: vector for number, vector in there.items()})
-    cosines, moved, flips, left = [], [], [], []
-    for number, here, threshold in scored():
-        if number not in there:
-            left.append(abs(here.score - threshold))
-            continue
-        question = asked[number]
-        cache.embedder, own = replay, cache.embedder
+    there = {asked[line["question"]].text: np.array(line["vector"], dtype=np.float32) for line in lines}
+    own, replay = cache.embedder, _Replay(there)
+    cosines, moved, flips = [], [], []
+    for question in (asked[line["question"]] for line in lines):
+        here = cache.consider(question.text)
+        cache.embedder = replay
         arm = cache.consider(question.text)
         cache.embedder = own
-        assert not isinstance(arm, Miss), question.place
-        cosines.append(float(np.dot(there[number], own.embed(question.text))))
+        assert not isinstance(here, Miss) and not isinstance(arm, Miss), question.place
+        cosines.append(float(np.dot(there[question.text], own.embed(question.text))))
         moved.append(abs(here.score - arm.score))
         one, other = decided(cache, here), decided(cache, arm)
         if one != other:
             flips.append(f"{question.place}: {one} here, {other} there; scores {here.score:.5f}, {arm.score:.5f}")
     print(f"{len(cosines)} questions, {family()} and {lines[0]['cpu']}: {len(flips)} decisions differ")
     print(f"least cosine {min(cosines):.6f}; scores move by {np.mean(moved):.1e} on average, {max(moved):.1e} at most")
-    if left:
-        print(f"{len(left)} further questions lie {min(left):.1e} or more from the threshold")
+    print(f"any other question's score is {lines[-1]['distance']:.1e} or more from the threshold")
     for flip in flips:
         print(flip)
 
@@ -86,16 +86,6 @@ def opened() -> Cache:
     cache = Cache(BUILD / "cache", Embedder(BUILD / "embedder"))
     assert admit(cache, BUILD / "certificate.json") is not None, cache.uncertified
     return cache
-
-
-def scored() -> Iterator[tuple[int, Considered, float]]:
-    """(number, what was considered, threshold) of every question that has no miss before its score."""
-    cache = opened()
-    assert cache.threshold is not None
-    for number, question in enumerate(questions()):
-        found = cache.consider(question.text)
-        if not isinstance(found, Miss):
-            yield number, found, cache.threshold
 
 
 def decided(cache: Cache, found: Considered) -> str:
