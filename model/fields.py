@@ -9,6 +9,7 @@
 
 import types
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from model.errors import InputError
@@ -26,7 +27,8 @@ class Checked:
     """Base of configurations: every field is checked against its annotation when an instance is made."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self), include_extras=True)
+        kind: type = type(self)
+        hints = _annotations(kind)
         for field in fields(self):
             check_value(f"{type(self).__name__}.{field.name}", getattr(self, field.name), hints[field.name])
 
@@ -56,6 +58,12 @@ def describe(annotation: Any) -> str:
         return f"a comma-separated list, each {describe(get_args(annotation)[0])}"
     words = {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "none"}
     return words.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+@cache
+def _annotations(kind: type) -> dict[str, Any]:
+    """Resolved once for each class: a server checks the fields of every request."""
+    return get_type_hints(kind, include_extras=True)
 
 
 def _fits(value: Any, annotation: Any) -> bool:

@@ -6,6 +6,7 @@ gc.disable()  # until torch is imported: it leaves so many objects that looking 
 
 import argparse
 import hashlib
+import logging
 import secrets
 import sys
 from collections.abc import Sequence
@@ -99,11 +100,18 @@ def explain(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def serve(settings: Settings, _options: argparse.Namespace) -> int:
-    """Serves the OpenAI-compatible HTTP interface."""
+    """Serves the OpenAI-compatible HTTP interface, whose libraries are imported while the model is loading."""
+    from serving.service import Service
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s:     %(name)s: %(message)s")
+    logging.getLogger("emerald").setLevel(logging.INFO)
+    service = Service(settings)
+    service.start()
+
     from serving.app import create_app
     from serving.listener import listen
 
-    listen(create_app(settings), settings)
+    listen(create_app(settings, service), settings)
     return 0
 
 

@@ -64,23 +64,15 @@ STREAM_SECONDS = 0.02
 faster than anyone reads, several make one event. The first token never waits, nor does the last."""
 
 
-def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
-    """The application; loading starts with it, and the routes answer meanwhile.
-
-    A service that is given was started by the caller, who closes it too.
-    """
-    given = service
-    service = given or Service(settings)
+def create_app(settings: Settings, service: Service) -> FastAPI:
+    """The application; the routes answer while the service is loading. A server closes the service when it ends."""
     metrics = Metrics(service)
     calls = Calls(settings, service, metrics)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        if given is None:
-            service.start()
         yield
-        if given is None:
-            await asyncio.to_thread(service.close)
+        await asyncio.to_thread(service.close)
 
     app = FastAPI(
         title="Emerald",

@@ -121,6 +121,11 @@ class Cache:
             return Miss(reason=str(fault))
         return self._weigh(question, self.nearest(vector, self.policy["neighbours"]))
 
+    def prepare(self) -> None:
+        """Reads all intents as the guards do, which the first question near to each would wait for."""
+        for entry in self.entries:
+            self._intent(entry)
+
     def decide(self, found: Considered, threshold: float) -> Hit | Miss:
         """The semantic tier's decision at a threshold."""
         if found.score < threshold:

@@ -207,6 +207,7 @@ class Service:
                 waiting_max=self.settings.waiting_max,
                 threads=storyteller.threads,
             )
+            storyteller.cache.prepare()
             gc.freeze()  # what was loaded stays; looking through it would make replies halt
         except InputError as fault:
             LOG.error("the model cannot be loaded: %s", fault)
