@@ -76,6 +76,14 @@ class Fork:
             (kept / file).unlink()  # other forks share its bytes
             (kept / file).write_text(text.replace(old, new), encoding="utf-8")
 
+    def key(self, stage: str) -> str:
+        """Under which the forge keeps what a stage of the tree, as it is now, has made."""
+        settings = "; ".join(
+            f"{program}.cpu={self.variables['EMERALD_CPU']}" for program in ("export", "export_embedder")
+        )
+        command = [sys.executable, "-m", "pipeline", "key", stage, "--set", settings]
+        return subprocess.run(command, cwd=self.tree, capture_output=True, text=True, check=True).stdout.split()[0]
+
     def log(self) -> list[str]:
         """What the forge was asked for since the last time: "saved KEY", "restored KEY", "logged in"."""
         file = self.store / "log"

@@ -69,10 +69,7 @@ def test_an_edited_answer_gets_a_new_image_and_no_new_weights(fork: Fork, accoun
     fork.run().require_green()
     before = account.tags()["latest"]
     fork.log()
-    text = (fork.tree / ANSWER).read_text(encoding="utf-8")
-    answer = re.search(r"^  answer: (?!\|)(.+)$", text, re.MULTILINE)
-    assert answer is not None
-    fork.edit(str(ANSWER), answer[0], f"  answer: {answer[1]} And there is always more.")
+    edit_an_answer(fork)
     ran = fork.run()
     ran.require_green()
     said = "\n".join(fork.log())
@@ -84,6 +81,13 @@ def test_an_edited_answer_gets_a_new_image_and_no_new_weights(fork: Fork, accoun
     large = {digest for digest, size in account.layers(before).items() if size > LARGE}
     assert len(large) >= 2  # weights, Python packages
     assert large <= account.layers(after).keys()
+
+
+def edit_an_answer(fork: Fork) -> None:
+    text = (fork.tree / ANSWER).read_text(encoding="utf-8")
+    answer = re.search(r"^  answer: (?!\|)(.+)$", text, re.MULTILINE)
+    assert answer is not None
+    fork.edit(str(ANSWER), answer[0], f"  answer: {answer[1]} And there is always more.")
 
 
 def test_bad_weights_stop_it(fork: Fork, account: Account) -> None:
@@ -113,6 +117,18 @@ def test_a_forged_certificate_stops_it(fork: Fork, account: Account) -> None:
     ran = fork.run()
     ran.require_red("gates/judge")
     assert "certify_cache is out of date: output certificate.json is missing or not what this stage wrote" in ran.log
+    assert account.tags() == before
+
+
+def test_a_stale_certificate_stops_it(fork: Fork, account: Account) -> None:
+    """What was certified before an answer was edited is kept under the key of what it is now."""
+    before = account.tags()
+    (kept,) = fork.store.glob("caches/answers-*")
+    edit_an_answer(fork)
+    kept.rename(kept.with_name(f"answers-{fork.key('certify_cache')}"))
+    ran = fork.run()
+    ran.require_red("gates/judge")
+    assert "build_cache is out of date" in ran.log
     assert account.tags() == before
 
 
