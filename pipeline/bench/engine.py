@@ -26,11 +26,10 @@ from model.engine import Engine
 from model.program import torch_version
 from model.tokenizer import Tokenizer
 from pipeline.bandwidth import read_bandwidth
-from pipeline.bench.peer import LlamaCpp
-from pipeline.configs import CONFIGS, named_config
+from pipeline.bench.peer import LlamaCpp, peer_file
+from pipeline.configs import CONFIGS
 from pipeline.fingerprint import ROOT
 from pipeline.progress import quiet_libraries, say
-from pipeline.sources import locate
 
 CASES = ((1, 128), (1, 512), (8, 128))
 """Sequences that decode together, and tokens of each one's prompt."""
@@ -108,11 +107,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=5, help="interleaved repetitions (default 5)")
     parser.add_argument("--threads", type=int, default=available_cores(), help="default: every core")
     options = parser.parse_args(arguments)
-    source = named_config(options.config).fetch
-    if options.gguf is None and source.source.endswith(".gguf"):
-        options.gguf = locate(source.source, source.sha256)
-    if options.gguf is None:
-        say("no GGUF file of this model is known: give one with --gguf to have llama.cpp beside us")
+    options.gguf = options.gguf or peer_file(options.config)
     return options
 
 

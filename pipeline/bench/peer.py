@@ -7,11 +7,22 @@ from pathlib import Path
 from types import TracebackType
 
 from model.errors import InputError
+from pipeline.configs import named_config
 from pipeline.fingerprint import ROOT
 from pipeline.progress import say
+from pipeline.sources import locate
 
 REQUIREMENTS = ("llama-cpp-python==0.3.36", "numpy")
 ENVIRONMENT = ROOT / "build/llama.cpp"
+
+
+def peer_file(config: str) -> Path | None:
+    """The GGUF file that a configuration's model comes from, for llama.cpp to run; None, and said, if there is none."""
+    source = named_config(config).fetch
+    if source.source.endswith(".gguf"):
+        return locate(source.source, source.sha256)
+    say("no GGUF file of this model is known: give one with --gguf to have llama.cpp beside us")
+    return None
 
 
 def install() -> Path:

@@ -35,13 +35,12 @@ from model.sampling import Sampling
 from pipeline.bench.engine import spread
 from pipeline.bench.exchange import Exchange
 from pipeline.bench.load import CHAT, Load, Target, figures, model_questions
-from pipeline.bench.peer import REQUIREMENTS
+from pipeline.bench.peer import REQUIREMENTS, peer_file
 from pipeline.bench.peer_server import llama_server
 from pipeline.bench.server_process import HOST, ServerProcess, emerald
-from pipeline.configs import CONFIGS, named_config
+from pipeline.configs import CONFIGS
 from pipeline.fingerprint import ROOT
 from pipeline.progress import say
-from pipeline.sources import locate
 from pipeline.statistics import bootstrap
 
 CLIENTS = (1, 8, 64)
@@ -272,11 +271,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=5, help="interleaved repetitions (default 5)")
     parser.add_argument("--threads", type=int, default=available_cores(), help="default: every core")
     options = parser.parse_args(arguments)
-    source = named_config(options.config).fetch
-    if options.gguf is None and source.source.endswith(".gguf"):
-        options.gguf = locate(source.source, source.sha256)
-    if options.gguf is None:
-        say("no GGUF file of this model is known: give one with --gguf to have llama.cpp's server beside ours")
+    options.gguf = options.gguf or peer_file(options.config)
     return options
 
 
