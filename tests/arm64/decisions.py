@@ -1,13 +1,14 @@
 """Decisions of an emulated Arm CPU beside this one's, on the same index: which questions flip?
 
     .venv/bin/python -m tests.arm64.decisions order >build/arm64/order.json
-    tests/arm64/run.sh max python3 -m tests.arm64.decisions embed <build/arm64/order.json >build/arm64/vectors.json
-    .venv/bin/python -m tests.arm64.decisions compare build/arm64/vectors.json
+    tests/arm64/run.sh neoverse-n1 python3 -m tests.arm64.decisions embed <build/arm64/order.json >build/arm64/n1.json
+    .venv/bin/python -m tests.arm64.decisions compare build/arm64/n1.json
 
 The embedder is exported on the emulated CPU from the very weights in build/embedded/trained, and embeds the questions
 of `validation/cert`, those nearest to the threshold first, a line each: wherever it is stopped, the comparison says how
-far from the threshold all others are, and how far scores move. It lays the vectors in this machine's index; flips are
-named by file and line, since the questions are sealed.
+far from the threshold all others are, and how far scores move. Neoverse N1 takes half an hour for all of them; "max"
+has bf16, whose products QEMU computes in software, and takes most of a minute for each. The comparison lays the vectors
+in this machine's index; flips are named by file and line, since the questions are sealed.
 """
 
 import json
