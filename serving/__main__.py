@@ -1,12 +1,9 @@
 """The storyteller's command line: python -m serving ask | chat | explain | serve | key."""
 
-import gc
-
-gc.disable()  # until torch is imported: it leaves so many objects that looking through them takes a third of a second
+import serving.quick_torch  # noqa: F401, I001  # before what imports torch
 
 import argparse
 import hashlib
-import logging
 import secrets
 import sys
 from collections.abc import Sequence
@@ -19,9 +16,6 @@ from model.tokenizer import Message
 from serving.answer import Reply, Storyteller
 from serving.cache import Hit, Miss
 from serving.settings import Settings
-
-gc.freeze()  # modules stay; the collector need not look at them again
-gc.enable()
 
 EPILOG = """examples:
   python -m serving ask "What are you capable of?"         a ready answer, without the model
@@ -100,18 +94,12 @@ def explain(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def serve(settings: Settings, _options: argparse.Namespace) -> int:
-    """Serves the OpenAI-compatible HTTP interface, whose libraries are imported while the model is loading."""
-    from serving.service import Service
-
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s:     %(name)s: %(message)s")
-    logging.getLogger("emerald").setLevel(logging.INFO)
-    service = Service(settings)
-    service.start()
-
+    """Serves the OpenAI-compatible HTTP interface."""
     from serving.app import create_app
     from serving.listener import listen
+    from serving.service import Service
 
-    listen(create_app(settings, service), settings)
+    listen(create_app(settings, Service(settings)), settings)
     return 0
 
 

@@ -65,12 +65,16 @@ faster than anyone reads, several make one event. The first token never waits, n
 
 
 def create_app(settings: Settings, service: Service) -> FastAPI:
-    """The application; the routes answer while the service is loading. A server closes the service when it ends."""
+    """The application. A server starts the service with it and closes it at its end; the routes answer meanwhile.
+
+    Where there is no server (Lambda), the caller starts the service.
+    """
     metrics = Metrics(service)
     calls = Calls(settings, service, metrics)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        service.start()
         yield
         await asyncio.to_thread(service.close)
 

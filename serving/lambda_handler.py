@@ -112,6 +112,7 @@ class Environment:
 
     def _begin(self) -> None:
         try:
+            import serving.quick_torch  # noqa: F401
             from serving.service import Service
 
             service = Service(self.settings)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from http import HTTPStatus
 
 import uvicorn
@@ -30,6 +31,8 @@ IDLE_SECONDS = 15
 
 def listen(app: FastAPI, settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT; then takes nothing new, and lets what was admitted end."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s:     %(name)s: %(message)s")
+    logging.getLogger("emerald").setLevel(logging.INFO)
     uvicorn.run(
         app,
         host=settings.host,
