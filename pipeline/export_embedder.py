@@ -8,13 +8,14 @@ than this one, matrices stay as they are, since the product lays them out as the
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from model.artifact import read_json, write_manifest
 from model.cpu import family
+from model.errors import InputError
 from model.program import compile_module, torch_version
 from pipeline.configs import ExportEmbedderConfig
 from pipeline.licences import copy_licences
@@ -23,16 +24,18 @@ from pipeline.target import compiled_for
 
 
 class _SentenceVector(torch.nn.Module):
-    """A sentence-transformers model as a plain function of token ids [1, T] to unit vectors [1, dimensions]."""
+    """The mean of a network's states as a plain function of token ids [1, T] to unit vectors [1, dimensions].
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    One text at a time needs no padding, and so no mask.
+    """
+
+    def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.network = network
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        features = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
-        vector: Tensor = self.model(features)["sentence_embedding"]
-        return torch.nn.functional.normalize(vector, dim=-1)
+    def forward(self, ids: Tensor) -> Tensor:
+        states: Tensor = self.network(input_ids=ids, token_type_ids=torch.zeros_like(ids)).last_hidden_state
+        return torch.nn.functional.normalize(states.mean(1), dim=-1)
 
 
 class _HalfLinear(torch.nn.Module):
@@ -54,21 +57,23 @@ def run(config: ExportEmbedderConfig, trained: Path, output: Path) -> None:
     from torch._inductor import config as inductor
 
     model = SentenceTransformer(str(trained), device="cpu").eval()
-    network: Any = model[0].auto_model
+    transformer, pooling = cast("tuple[Any, Any]", (model[0], model[1]))
+    if (kind := pooling.get_config_dict()["pooling_mode"]) != "mean":
+        raise InputError(f"{trained}: its sentence vectors are pooled by {kind!r}; choose a model that takes the mean")
+    network = transformer.auto_model
     network.pooler = None  # BERT's own, which no sentence vector reads
     target = compiled_for("export_embedder.cpu", config.cpu)
     here = target == family()
     half = torch.ops.mkldnn._is_mkldnn_bf16_supported() if here else "bf16" in target
     if half:
-        _halve(model)
+        _halve(network)
     say("  compiling the embedder; about half a minute")
     output.mkdir()
     ids = torch.arange(12)[None]
     tokens = torch.export.Dim("tokens", min=3, max=config.longest_tokens)
-    shapes = {"ids": {1: tokens}, "mask": {1: tokens}}
-    arguments = (ids, torch.ones_like(ids))
+    program, shapes = _SentenceVector(network), {"ids": {1: tokens}}
     with inductor.patch({"cpp.weight_prepack": here}):
-        compile_module(_SentenceVector(model), arguments, shapes, output / "program.so", target, freezing=True)
+        compile_module(program, (ids,), shapes, output / "program.so", target, freezing=True)
     shutil.copyfile(trained / "tokenizer.json", output / "tokenizer.json")
     copy_licences(trained, output)
     facts = {

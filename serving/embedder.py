@@ -47,9 +47,8 @@ class Embedder:
         ids = tokenizer.encode(text).ids
         if len(ids) > longest:
             raise TextTooLongError(f"the text has {len(ids)} tokens; the embedder reads at most {longest}")
-        tokens = torch.tensor([ids])
         with torch.inference_mode():
-            vector: Vector = run([tokens, torch.ones_like(tokens)])[0][0].numpy().copy()
+            vector: Vector = run([torch.tensor([ids])])[0][0].numpy().copy()
         return vector
 
     @cached_property

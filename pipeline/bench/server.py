@@ -19,6 +19,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -33,8 +35,7 @@ from model.errors import InputError
 from model.program import torch_version
 from model.sampling import Sampling
 from pipeline.bench.engine import spread
-from pipeline.bench.exchange import Exchange
-from pipeline.bench.load import CHAT, Load, Target, figures, model_questions
+from pipeline.bench.load import Load, Target, figures, model_questions
 from pipeline.bench.peer import REQUIREMENTS, peer_file
 from pipeline.bench.peer_server import llama_server
 from pipeline.bench.server_process import HOST, ServerProcess, emerald
@@ -53,6 +54,7 @@ PAIRS = 40
 """Replies by the server and by its engine, in turn."""
 HITS = 200
 READY_SECONDS = 120.0
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,7 +89,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         say("one client beside the bare engine")
         overhead = _beside_engine(ours.port, engine, persona, PAIRS)
         say("ready answers")
-        hits = asyncio.run(_hits(ours, options.build))
+        hits = _hits(ours.port, options.build)
     say("killed under load and started again")
     starts = [_restart(options.build, settings) for _ in range(options.repetitions + 1)][1:]
     return {
@@ -175,12 +177,9 @@ def _alone(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> tuple[f
 
 def _served(port: int, body: bytes) -> tuple[float, str]:
     """The same of a streamed reply, by a client that only takes the time while it reads: it shares the processor."""
-    head = (
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    )
     came: list[tuple[float, bytes]] = []
     with socket.create_connection((HOST, port), timeout=READY_SECONDS) as connection:
-        connection.sendall(head % len(body) + body)
+        connection.sendall(HEAD % len(body) + body)
         while not came or b"[DONE]" not in came[-1][1]:
             received = connection.recv(1 << 16)
             if not received:
@@ -194,19 +193,32 @@ def _served(port: int, body: bytes) -> tuple[float, str]:
     return (REPLY_TOKENS - 1) / (spoken[-1] - spoken[0]), text
 
 
-async def _hits(server: ServerProcess, build: Path) -> dict[str, Any]:
+def _hits(port: int, build: Path) -> dict[str, Any]:
     """Milliseconds from question to ready answer over a connection that is kept, by how the question was matched."""
     entries = read_json(build / "cache/entries.json", REMEDY)["entries"]
     phrasings = Random(0).sample([text for entry in entries for text in entry["phrasings"]], HITS)
-    connection, by_tier = Target(HOST, server.port).connect(), dict[str, list[Exchange]]()
-    for text in [word for phrasing in phrasings for word in (phrasing, f"Please, {phrasing}")]:
-        exchange = await connection.ask(CHAT, {"messages": [{"role": "user", "content": text}]})
-        if exchange.headers.get("x-emerald-source") == "cache":
-            by_tier.setdefault(exchange.headers["x-emerald-tier"], []).append(exchange)
-        else:
-            await connection.ask(CHAT, {"messages": [{"role": "user", "content": phrasings[0]}]})
-    connection.close()
-    return {tier: {"hits": len(hits), **_quantiles([one.ended_s for one in hits])} for tier, hits in by_tier.items()}
+    by_tier = dict[str, list[float]]()
+    with socket.create_connection((HOST, port), timeout=READY_SECONDS) as connection:
+        for text in [word for phrasing in phrasings for word in (phrasing, f"Please, {phrasing}")]:
+            seconds, headers = _answered(connection, text)
+            if headers["x-emerald-source"] == "cache":
+                by_tier.setdefault(headers["x-emerald-tier"], []).append(seconds)
+            else:
+                _answered(connection, phrasings[0])
+    return {tier: {"hits": len(hits), **_quantiles(hits)} for tier, hits in by_tier.items()}
+
+
+def _answered(connection: socket.socket, question: str) -> tuple[float, Message]:
+    """Seconds until the last byte of a whole answer, and its headers, which are read only then."""
+    body = json.dumps({"messages": [{"role": "user", "content": question}]}).encode()
+    start, lines = time.perf_counter(), list[bytes]()
+    connection.sendall(HEAD % len(body) + body)
+    with connection.makefile("rb") as answer:
+        while (line := answer.readline()).strip():
+            lines.append(line.lower())
+        length = next(int(line.partition(b":")[2]) for line in lines if line.startswith(b"content-length:"))
+        answer.read(length)
+    return time.perf_counter() - start, message_from_bytes(b"".join(lines[1:]))
 
 
 def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
