@@ -2,7 +2,7 @@
 
 Texts are embedded in shards, each of which is kept until the index is whole, so a build that was cut short goes on
 where it ended. The index is exhaustive up to `flat_max` vectors and a graph beyond; either has the same bytes however
-many shards it was made of. The exhaustive one keeps vectors in half precision, which moves a cosine by 0.0001 at most:
+many shards it was made of. The exhaustive one keeps vectors in half precision, which moves a cosine by 2^-11 at most:
 a search waits for memory, and reads all of them.
 """
 
