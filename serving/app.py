@@ -59,7 +59,7 @@ EVENT = {
 }
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 T = TypeVar("T")
-STREAM_SECONDS = 0.02
+STREAM_SECONDS = 1 / 30
 """How often at most a stream has an event. Waking the event loop takes time from the model's threads: where tokens come
 faster than anyone reads, several make one event. The first token never waits, nor does the last."""
 
