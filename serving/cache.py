@@ -137,6 +137,9 @@ class Cache:
 
     def nearest(self, vector: Vector, count: int) -> list[tuple[float, int]]:
         """The most similar texts: (cosine, row), best first; rows count `phrasings`, then `contrast`."""
+        import faiss
+
+        faiss.omp_set_num_threads(1)  # of this thread; one question has nothing to share out, and idle helpers spin
         similarities, rows = self._index.search(vector[None], count)
         return [(float(score), int(row)) for score, row in zip(similarities[0], rows[0], strict=True) if row >= 0]
 

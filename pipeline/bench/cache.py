@@ -182,7 +182,6 @@ def _lookup_times(cache: Cache, trained: Path) -> dict[str, Any]:
     result = {}
     for threads in sorted({1, available_cores()}):
         torch.set_num_threads(threads)
-        faiss.omp_set_num_threads(threads)
         times = _in_turn(actions)
         result[f"{threads} threads"] = {
             **{name: _percentiles(values) for name, values in times.items()},
@@ -214,6 +213,7 @@ def _search_times(cache: Cache) -> dict[str, Any]:
     exact, found = flat.search(asked, count)[1], graph.search(asked, count)[1]
     recall = np.mean([len(set(a) & set(b)) / count for a, b in zip(exact, found, strict=True)])
     vector = asked[:1]
+    faiss.omp_set_num_threads(1)  # as a lookup does
     times = _in_turn({
         "embed": lambda: cache.embedder.embed(QUESTION),
         "flat": lambda: flat.search(vector, count),
