@@ -94,9 +94,8 @@ class Scheduler:
         self._engine = engine
         self._running_max, self._waiting_max = running_max, waiting_max
         self._waiting: dict[str, deque[Ticket]] = {}
+        """By client, in the order of their turns: by when each began to wait, or was served last since then."""
         self._running: list[Ticket] = []
-        self._admissions: dict[str, int] = {}
-        self._admitted = 0
         self._reply_seconds = 1.0
         self._closing = False
         self._changed = threading.Condition()
@@ -174,7 +173,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting and self._free_places():
-            client = min(self._waiting, key=self._turn)
+            client = min(self._waiting, key=self._running_of)  # of several, the one whose turn comes first
             ticket = self._waiting[client][0]
             try:
                 ticket.reply = self._engine.open(ticket.prompt, ticket.sampling)
@@ -191,18 +190,16 @@ class Scheduler:
                 self._next(client)
                 ticket.cached_tokens = ticket.reply.sequence.reused
                 self._running.append(ticket)
-                self._admitted += 1
-                self._admissions = {name: at for name, at in self._admissions.items() if name in self._waiting}
-                self._admissions[client] = self._admitted
 
-    def _turn(self, client: str) -> tuple[int, int, float]:
-        running = sum(ticket.client == client for ticket in self._running)
-        return running, self._admissions.get(client, 0), self._waiting[client][0].created
+    def _running_of(self, client: str) -> int:
+        return sum(ticket.client == client for ticket in self._running)
 
     def _next(self, client: str) -> Ticket:
-        ticket = self._waiting[client].popleft()
-        if not self._waiting[client]:
-            del self._waiting[client]
+        """Takes the client's first request; its others wait for another turn, behind whoever waits now."""
+        queue = self._waiting.pop(client)
+        ticket = queue.popleft()
+        if queue:
+            self._waiting[client] = queue
         return ticket
 
     def _refuse(self, client: str, fault: Exception) -> None:

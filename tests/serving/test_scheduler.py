@@ -135,6 +135,21 @@ def test_a_client_with_many_requests_does_not_keep_another_waiting(
     assert ends.index("modest") <= 1
 
 
+def test_clients_that_keep_coming_do_not_overtake_one_that_was_served_before(
+    engine: Engine, start: Callable[..., Scheduler]
+) -> None:
+    scheduler = start(running_max=1)
+    first = Asked(scheduler, engine, PROMPTS[0], "regular", max_tokens=100)
+    first.next()
+    second = Asked(scheduler, engine, PROMPTS[1], "regular", max_tokens=1)
+    others = [Asked(scheduler, engine, PROMPTS[2], f"new {number}", max_tokens=1) for number in range(4)]
+    first.ticket.cancel()
+    for asked in (second, *others):
+        asked.text()
+    begun = [asked.ticket.first_token for asked in (second, *others)]
+    assert begun == sorted(begun, key=float)  # type: ignore[arg-type]
+
+
 def test_a_full_queue_refuses_and_says_when_to_come_back(engine: Engine, start: Callable[..., Scheduler]) -> None:
     scheduler = start(running_max=1, waiting_max=2)
     asked = [Asked(scheduler, engine, PROMPTS[0], max_tokens=200)]
