@@ -41,6 +41,8 @@ from serving.settings import Settings
 
 READY_SECONDS = 120.0
 IDLE_SECONDS = 30.0
+EXAMPLES = 5
+"""Of requests that went wrong, shown at most."""
 SETTLE_SECONDS = 1.0
 """Until the server has noticed that the last connections closed, and freed what they held."""
 
@@ -103,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     checks = judge(outcome, config)
     _print(outcome, checks, config)
+    for one in _wrong(outcome)[:EXAMPLES]:
+        say(f"{one.outcome} after {one.ended_s:.1f} s, status {one.status}: {one.fault or one.text}")
     return 0 if all(check.passed for check in checks) else 1
 
 
@@ -240,6 +244,14 @@ async def _places_lost(target: Target, places: int) -> int:
     for connection in connections:
         connection.close()
     return sum(answer.status != 200 for answer in answers)
+
+
+def _wrong(outcome: Outcome) -> list[Exchange]:
+    """Requests that failed, and refusals as none should be."""
+    asked = [one.exchange for one in (*outcome.closed, *outcome.opened)]
+    return [
+        one for one in asked if one.outcome == "failed" or (one.outcome == "refused" and not _says_when_to_return(one))
+    ]
 
 
 def _says_when_to_return(refusal: Exchange) -> bool:
