@@ -2,10 +2,8 @@
 
 import base64
 import contextlib
-import fcntl
 import http.client
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
+from tests.serving.loading import held_up
 from tests.serving.server import call, figure, serving, wait_until_ready
 
 ROLES = ("user", "assistant")
@@ -340,10 +339,7 @@ def test_keys_guard_every_route_but_health(embedded_build: Path) -> None:
 
 
 def test_ready_answers_come_while_the_model_loads(embedded_build: Path, tmp_path: Path) -> None:
-    for name in ("embedder", "cache", "certificate.json"):
-        (tmp_path / name).symlink_to(embedded_build / name)
-    shutil.copytree(embedded_build / "engine", tmp_path / "engine")
-    with _held_up(tmp_path / "engine/head.so"), serving(tmp_path) as server:
+    with held_up(embedded_build, tmp_path), serving(tmp_path) as server:
         port = server.port
         for _ in range(200):
             with contextlib.suppress(OSError):
@@ -356,19 +352,6 @@ def test_ready_answers_come_while_the_model_loads(embedded_build: Path, tmp_path
         status, headers, answer = ask(port, "I look up.")
         assert (status, headers["retry-after"], answer["error"]["type"]) == (503, "1", "overloaded_error")
         assert call(port, "POST", "/tokenize", {"prompt": "hi"})[0] == 503
-
-
-@contextlib.contextmanager
-def _held_up(path: Path) -> Iterator[None]:
-    """Another process that opens the file waits: a lease on it, of which the kernel tells us by a signal."""
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
-    with path.open("rb+") as file:
-        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        try:
-            yield
-        finally:
-            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-            signal.signal(signal.SIGIO, before)
 
 
 def test_a_damaged_model_is_said_without_a_path(embedded_build: Path, tmp_path: Path) -> None:
