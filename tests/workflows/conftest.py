@@ -140,9 +140,15 @@ def pinned(tree: Path) -> set[tuple[str, str]]:
 
 
 def jobs_of(log: str) -> dict[str, bool]:
-    """From act's log: "[pipeline/plan] 🏁  Job succeeded"."""
+    """From act's log: "[pipeline/plan] 🏁  Job succeeded", or "[pipeline/weights/quantize.yml/quantize] …"."""
     found = re.findall(r"^\[(.+?)\]\s+🏁\s+Job (succeeded|failed)", log, re.MULTILINE)
-    return {name.removeprefix("pipeline/").replace(".yml", "").strip(): how == "succeeded" for name, how in found}
+    return {_short(name.removeprefix("pipeline/").strip()): how == "succeeded" for name, how in found}
+
+
+def _short(name: str) -> str:
+    """Without the workflow that the caller calls."""
+    caller, *_, job = name.split("/") if "/" in name else (name, name)
+    return name if caller == job else f"{caller}/{job}"
 
 
 @dataclass(frozen=True, kw_only=True)
