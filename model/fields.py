@@ -30,7 +30,7 @@ class Checked:
         kind: type = type(self)
         hints = _annotations(kind)
         for field in fields(self):
-            check_value(f"{type(self).__name__}.{field.name}", getattr(self, field.name), hints[field.name])
+            check_value(f"{kind.__name__}.{field.name}", getattr(self, field.name), hints[field.name])
 
 
 def check_value(name: str, value: object, annotation: Any) -> None:

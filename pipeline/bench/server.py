@@ -216,6 +216,8 @@ def _answered(connection: socket.socket, question: str) -> tuple[float, Message]
     with connection.makefile("rb") as answer:
         while (line := answer.readline()).strip():
             lines.append(line.lower())
+        if not lines:
+            raise InputError("the server closed the connection without an answer")
         length = next(int(line.partition(b":")[2]) for line in lines if line.startswith(b"content-length:"))
         answer.read(length)
     return time.perf_counter() - start, message_from_bytes(b"".join(lines[1:]))
