@@ -56,17 +56,12 @@ class Fork:
     variables: dict[str, str] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, message: str) -> None:
-        git = ["git", "-c", "user.name=author", "-c", "user.email=author@example.org"]
-        subprocess.run([*git, "add", "--all"], cwd=self.tree, check=True)
-        subprocess.run([*git, "commit", "--quiet", "--message", message], cwd=self.tree, check=True)
-
     def edit(self, file: str, old: str, new: str) -> None:
         """Replaces a text that the file must hold, and commits."""
         text = (self.tree / file).read_text(encoding="utf-8")
         assert old in text, f"{file} holds no {old!r}"
         (self.tree / file).write_text(text.replace(old, new), encoding="utf-8")
-        self.commit(f"Edit {file}")
+        commit(self.tree, f"Edit {file}")
 
     def tamper(self, prefix: str, file: str, old: str, new: str) -> None:
         """Changes a file of what is kept under a key that begins so."""
@@ -131,6 +126,13 @@ class Fork:
             check=False,
         )
         return Ran(code=done.returncode, log=done.stdout, jobs=jobs_of(done.stdout))
+
+
+def commit(tree: Path, message: str) -> None:
+    """All that changed in it."""
+    git = ["git", "-c", "user.name=author", "-c", "user.email=author@example.org"]
+    subprocess.run([*git, "add", "--all"], cwd=tree, check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message", message], cwd=tree, check=True)
 
 
 def pinned(tree: Path) -> set[tuple[str, str]]:
@@ -198,6 +200,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, tree / name)
     subprocess.run(["git", "init", "--quiet", "--initial-branch", "main"], cwd=tree, check=True)
+    commit(tree, "All that there is")
     return tree
 
 
@@ -218,11 +221,37 @@ def built(tree: Path, tmp_path_factory: pytest.TempPathFactory, account: Account
     return fork, ran
 
 
+@dataclass(frozen=True, kw_only=True)
+class Promotion:
+    """A push that was promoted."""
+
+    fork: Fork
+    ran: Ran
+    digest: str
+    """Of the image."""
+
+
+@pytest.fixture(scope="session")
+def promoted(
+    built: tuple[Fork, Ran], tree: Path, tmp_path_factory: pytest.TempPathFactory, account: Account
+) -> Promotion:
+    """The first push with credentials."""
+    fork = make_fork_with_credentials(tree, tmp_path_factory.mktemp("promoted"), built[0], account)
+    ran = fork.run()
+    ran.require_green()
+    return Promotion(fork=fork, ran=ran, digest=account.tags()["latest"])
+
+
 @pytest.fixture
 def fork(built: tuple[Fork, Ran], tree: Path, tmp_path: Path, account: Account) -> Fork:
     """A fork with credentials, after its first push: what that has built is kept."""
-    made = make_fork(tree, tmp_path)
-    subprocess.run(["cp", "-al", str(built[0].store / "caches"), str(made.store)], check=True)
+    return make_fork_with_credentials(tree, tmp_path, built[0], account)
+
+
+def make_fork_with_credentials(tree: Path, folder: Path, built: Fork, account: Account) -> Fork:
+    """A copy of the tree, on a forge that knows what was built and may push."""
+    made = make_fork(tree, folder)
+    subprocess.run(["cp", "-al", str(built.store / "caches"), str(made.store)], check=True)
     made.variables |= {"DOCKERHUB_USERNAME": NAME, "EMERALD_IMAGE": account.repository}
     made.secrets["DOCKERHUB_TOKEN"] = PASSWORD
     return made
@@ -235,5 +264,4 @@ def make_fork(tree: Path, folder: Path) -> Fork:
     made = Fork(tree=shutil.copytree(tree, folder / "tree"), store=store)
     made.variables["EMERALD_CPU"] = "native"
     made.variables["EMERALD_IMAGE_ARGUMENTS"] = os.environ.get("EMERALD_IMAGE_ARGUMENTS", "")
-    made.commit("All that there is")
     return made
