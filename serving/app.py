@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -209,19 +208,24 @@ class Calls:
         ticket = Ticket(request.sampling(self._settings), client, seconds, inbox.deliver, inbox.flush)
         self._enter(client)
         call = Call(ticket, lambda reason, origin: self._leave(ticket, reason, origin), self._metrics.refused)
-        try:
-            call.origin = await _until_gone(http, asyncio.wrap_future(begin(ticket)))
+        batches = inbox.batches()
+
+        async def begun() -> tuple[Origin, list[Piece]]:
+            """The first pieces of a stream; all of them otherwise."""
+            call.origin = await asyncio.wrap_future(begin(ticket))
             self._metrics.looked_up(call.origin)
-            tokenizer = None if call.origin.cached else self._service.engine().tokenizer
+            first = await anext(batches)
+            return call.origin, first if request.stream else await _gathered(first, batches)
+
+        try:
+            origin, spoken = await _until_gone(http, begun())
+            tokenizer = None if origin.cached else self._service.engine().tokenizer
             name = request.model or self._service.opened().model_id
             completion = shape(name, ticket, tokenizer, self._energy)
-            batches = inbox.batches()
-            first = await _until_gone(http, anext(batches))
-            headers = {"X-Request-Id": completion.identity, **_origin_headers(call.origin)}
+            headers = {"X-Request-Id": completion.identity, **_origin_headers(origin)}
             if request.stream:
-                events = completion.events(_after(first, batches), with_usage=request.with_usage)
+                events = completion.events(_after(spoken, batches), with_usage=request.with_usage)
                 return EventStream(call.watched(events, completion), headers, seconds + SEND_SECONDS, call.end)
-            spoken = await _until_gone(http, _gathered(first, batches))
             call.reason = str(spoken[-1].finish_reason)
             headers |= _energy_headers(self._energy.of(ticket.cpu_seconds))
             answer = JSONResponse(completion.whole(spoken), headers=headers)
@@ -408,11 +412,10 @@ def _origin_headers(origin: Origin) -> dict[str, str]:
 
 
 def _energy_headers(energy: Energy) -> dict[str, str]:
-    figures = asdict(energy)
     return {
-        "X-Emerald-CPU-Seconds": f"{figures['cpu_seconds']:.6f}",
-        "X-Emerald-Joules": f"{figures['joules']:.6f}",
-        "X-Emerald-Grams-CO2e": f"{figures['grams_co2e']:.9f}",
+        "X-Emerald-CPU-Seconds": f"{energy.cpu_seconds:.6f}",
+        "X-Emerald-Joules": f"{energy.joules:.6f}",
+        "X-Emerald-Grams-CO2e": f"{energy.grams_co2e:.9f}",
         "X-Emerald-Energy-Source": energy.source,
     }
 

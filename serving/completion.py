@@ -4,7 +4,6 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import asdict
 from itertools import accumulate
 from typing import Any
 
@@ -64,7 +63,7 @@ class Completion:
             "completion_tokens": ticket.tokens,
             "total_tokens": len(ticket.prompt) + ticket.tokens,
             "prompt_tokens_details": {"cached_tokens": ticket.cached_tokens},
-            "energy": asdict(self._energy.of(ticket.cpu_seconds)),
+            "energy": vars(self._energy.of(ticket.cpu_seconds)),
         }
         ttft = ticket.ttft_s
         timings = {
