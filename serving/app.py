@@ -192,7 +192,7 @@ class Calls:
 
     def log_prompt(self, http: Request, text: str) -> None:
         """What was said, veiled."""
-        LOG.info("%s %s: %s", http.scope["client_name"], http.url.path, veiled(text, self._settings))
+        LOG.info("%s %s: %s", http.scope["client_name"], http.scope["path"], veiled(text, self._settings))
 
     async def complete(
         self,

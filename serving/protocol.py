@@ -140,7 +140,7 @@ class ChatRequest(_Generation):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    emerald: EmeraldOptions = EmeraldOptions()
+    emerald: Annotated[EmeraldOptions, Field(default_factory=EmeraldOptions)]
 
     @property
     def longest(self) -> int | None:
