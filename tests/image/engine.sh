@@ -89,7 +89,7 @@ stop_engine() {
 made() { docker image inspect "$1" >/dev/null 2>&1; }
 
 make_base() {
-    base=emerald-base:$arch-$({ declare -f make_base; echo $SUITE $PACKAGES; } | sha256sum | head -c 12)
+    base=emerald-base:$arch-$({ declare -f make_base load; echo $SUITE $PACKAGES; } | sha256sum | head -c 12)
     made "$base" && return
     local root=$HOME_FOLDER/root-$arch
     say "making a base image of Debian $SUITE for $arch (some minutes, once)"
@@ -97,8 +97,23 @@ make_base() {
     debootstrap --arch=$arch --variant=minbase --include=$PACKAGES $SUITE $root >$root.log 2>&1 ||
         stop "debootstrap failed: see $root.log"
     rm -rf $root/var/cache/apt/archives/*.deb $root/var/lib/apt/lists/* $root/usr/share/man $root/usr/share/locale
-    tar --directory $root --create . | docker import --platform linux/$arch - "$base" >/dev/null
-    rm -rf $root
+    tar --directory $root --create --file $root.tar . && rm -rf $root
+    load $root.tar
+    rm $root.tar
+}
+
+# load LAYER: the base image of that one layer, as docker save would write it. (Older engines' import calls whatever it is
+# given an image of the machine's own architecture, and a build for another refuses it at its first COPY --from.)
+load() {
+    local folder
+    folder=$(mktemp -d "$run/load.XXXXXX")
+    {
+        printf '{"architecture": "%s", "os": "linux", "config": {}, "history": [{"created_by": "debootstrap"}], ' "$arch"
+        printf '"rootfs": {"type": "layers", "diff_ids": ["sha256:%s"]}}' "$(sha256sum <"$1" | head -c 64)"
+    } >"$folder/config.json"
+    printf '[{"Config": "config.json", "RepoTags": ["%s"], "Layers": ["layer.tar"]}]' "$base" >"$folder/manifest.json"
+    ln -s "$PWD/$1" "$folder/layer.tar"
+    tar --directory "$folder" --dereference --create . | docker load --quiet >/dev/null
 }
 
 make_builder() {
