@@ -9,7 +9,10 @@ cd "$(dirname "$0")/../.."
 made=${EMERALD_IMAGE_MADE:-build/embedded}
 small=build/arm64/small-build
 
-stamp() { cat requirements/linux-aarch64.txt model/*.py serving/*.py "$made"/int4/manifest.json | sha256sum; }
+stamp() {
+    cat requirements/linux-aarch64.txt tests/image/small_build.py model/*.py "$made"/int4/manifest.json \
+        serving/{cache,certificate,embedder,guards,text}.py | sha256sum
+}
 
 if [ "$(cat $small/made-by 2>/dev/null)" != "$(stamp)" ]; then
     mkdir -p build/arm64
