@@ -55,10 +55,10 @@ def test_a_machine_that_never_saw_the_image_pushes_no_layer_again(
     assert account.layers(account.tags()["latest"]) == account.layers(promoted.digest)
 
 
-def test_an_edited_answer_gets_a_new_image_and_no_new_weights(
+def test_edited_words_get_a_new_image_and_no_new_weights(
     promoted: Promotion, fork: Fork, account: Account
 ) -> None:
-    edit_an_answer(fork)
+    edit_the_greeting(fork)
     ran = fork.run()
     ran.require_green()
     said = "\n".join(fork.log())
@@ -73,9 +73,9 @@ def test_an_edited_answer_gets_a_new_image_and_no_new_weights(
     assert large <= account.layers(after).keys()
 
 
-def edit_an_answer(fork: Fork) -> None:
-    here, there = "and we shall begin there.", "and we shall begin there, or a little way before it."
-    fork.edit("cache_data/entries/app.yaml", here, there)
+def edit_the_greeting(fork: Fork) -> None:
+    """What a visitor reads, and no question that the embedder is trained on."""
+    fork.edit("cache_data/persona.yaml", "Welcome, traveller.", "Welcome, welcome, traveller.")
 
 
 def edit_the_server(fork: Fork) -> None:
@@ -114,10 +114,10 @@ def test_a_forged_certificate_stops_it(fork: Fork, account: Account) -> None:
 
 
 def test_a_stale_certificate_stops_it(fork: Fork, account: Account) -> None:
-    """What was certified before an answer was edited is kept under the key of what it is now."""
+    """What was certified before the persona was edited is kept under the key of what it is now."""
     before = account.tags()
     (kept,) = fork.store.glob("caches/answers-*")
-    edit_an_answer(fork)
+    edit_the_greeting(fork)
     kept.rename(kept.with_name(f"answers-{fork.key('certify_cache')}"))
     ran = fork.run()
     ran.require_red("gates/judge")
