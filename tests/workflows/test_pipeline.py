@@ -55,9 +55,7 @@ def test_a_machine_that_never_saw_the_image_pushes_no_layer_again(
     assert account.layers(account.tags()["latest"]) == account.layers(promoted.digest)
 
 
-def test_edited_words_get_a_new_image_and_no_new_weights(
-    promoted: Promotion, fork: Fork, account: Account
-) -> None:
+def test_edited_words_get_a_new_image_and_no_new_weights(promoted: Promotion, fork: Fork, account: Account) -> None:
     edit_the_greeting(fork)
     ran = fork.run()
     ran.require_green()
