@@ -1,9 +1,9 @@
 # The image that answers people: python -m pipeline.image build (or make image).
 #
 # Layers go from what changes least to what changes most, so that whoever pulls a new answer or a mended line of code pulls
-# megabytes: system, Python packages, weights, cache, code. The archives are written by pipeline/image/layers.py with fixed
-# dates and owners, and what is installed here is dated back too, so that the same inputs give the same layers on any
-# machine and a registry that has them is sent nothing.
+# megabytes: system, Python packages, weights, embedder, cache, code. The archives are written by pipeline/image/layers.py
+# with fixed dates and owners, and what is installed here is dated back too, so that the same inputs give the same layers
+# on any machine and a registry that has them is sent nothing.
 
 # Python 3.11.16: the index of all architectures, as Docker's official images list it (repo-info, September 2026).
 ARG BASE=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
@@ -56,6 +56,7 @@ ADD weights-1.tar /
 ADD weights-2.tar /
 ADD weights-3.tar /
 ADD weights-4.tar /
+ADD embedder.tar /
 ADD cache.tar /
 ADD code.tar /
 RUN python3 -m compileall -q --invalidation-mode unchecked-hash /emerald/model /emerald/serving \

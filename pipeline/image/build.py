@@ -113,6 +113,7 @@ def _context(folder: Path, contents: Contents) -> Iterator[Member]:
             yield file_member(str(Path(name) / path), place / path)
     for number, members in enumerate(_weight_layers(folder), start=1):
         yield archive_member(f"weights-{number}.tar", members, f"{BUILD}/engine")
+    yield archive_member("embedder.tar", _members(folder, "embedder"), BUILD)
     yield archive_member("cache.tar", _cache(folder), BUILD)
     yield archive_member("code.tar", _code(contents), HOME)
 
@@ -134,7 +135,7 @@ def _weight_layers(folder: Path) -> list[list[Member]]:
 
 
 def _cache(folder: Path) -> list[Member]:
-    members = [*_members(folder, "embedder"), *_members(folder, "cache"), *_members(folder, "reports")]
+    members = [*_members(folder, "cache"), *_members(folder, "reports")]
     return [*members, file_member(f"{BUILD}/certificate.json", folder / "certificate.json")]
 
 

@@ -94,8 +94,7 @@ def verify(
 
 def _look(client: docker.DockerClient, image: Image, contents: Contents, verdict: Verdict) -> None:
     """What can be seen without running it."""
-    labels, engine = dict(image.labels), contents.json("build/engine/manifest.json")
-    weights = sum(entry["bytes"] for name, entry in engine["files"].items() if name.endswith(".safetensors"))
+    labels, weights = dict(image.labels), contents.weights_bytes()
     size = sum(layer["Size"] for layer in image.history())
     architecture = image.attrs["Architecture"]
     verdict.facts |= {

@@ -67,10 +67,10 @@ def test_labels_say_what_the_build_folder_holds(report: dict[str, Any], build: P
 
 
 def test_weights_lie_below_what_changes_more_often(image: Image) -> None:
-    """Of the layers that this project adds, from the bottom: system, packages, weights, cache, code."""
+    """Of the layers that this project adds, from the bottom: system, packages, weights, embedder, cache, code."""
     made = [layer["CreatedBy"] for layer in reversed(image.history()) if layer["Size"] > 10_000]
     steps = [next((word for word in ("apt-get", "COPY", "ADD", "compileall") if word in line), "") for line in made]
-    assert [step for step in steps if step] == ["apt-get", "COPY", "ADD", "ADD", "ADD", "compileall"]
+    assert [step for step in steps if step] == ["apt-get", "COPY", "ADD", "ADD", "ADD", "ADD", "compileall"]
 
 
 def test_quota_of_the_container_sets_the_threads(client: docker.DockerClient, image: Image) -> None:
