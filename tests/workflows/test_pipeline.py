@@ -218,8 +218,8 @@ def test_rolling_back_is_one_dispatch(promoted: Promotion, fork: Fork, account: 
     assert account.tags()["latest"] == first
 
 
-SPY = """.PHONY: setup lint lint-workflows pipeline test image
-setup lint lint-workflows pipeline test image:
+SPY = """.PHONY: setup lint lint-workflows pipeline test test-image image
+setup lint lint-workflows pipeline test test-image image:
 	@env >>$(EMERALD_TEST_STORE)/seen; cat .git/config >>$(EMERALD_TEST_STORE)/seen
 	@mkdir -p build/embedded/reports; touch build/embedded/reports/summary.md
 """
