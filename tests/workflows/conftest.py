@@ -100,11 +100,7 @@ class Fork:
         """Executes a workflow, a job at a time."""
         for name in ("attested", "signed"):
             (self.store / name).unlink(missing_ok=True)
-        for old in (
-            self.store / "artifacts",
-            *self.store.glob("caches/verdicts-*"),
-        ):  # every run of act has the same number
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.store / "artifacts", ignore_errors=True)
         command = [str(ACT), event, "--workflows", f".github/workflows/{workflow}", "--no-cache-server"]
         command += ["--concurrent-jobs", "1", "--action-cache-path", str(self.store / "act")]
         for runner in RUNNERS:
