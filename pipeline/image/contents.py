@@ -54,12 +54,6 @@ class Contents:
         folder = f"{NOTICES}/{model}/"
         return {name.removeprefix(folder): self.text(name) for name in self.files if name.startswith(folder)}
 
-    def weights_bytes(self) -> int:
-        """Of both models: the engine's weights, and the embedder's program, which holds its own and little else."""
-        engine, embedder = (self.json(f"build/{folder}/manifest.json")["files"] for folder in ("engine", "embedder"))
-        shards = [file for name, file in engine.items() if name.endswith(".safetensors")]
-        return sum(int(file["bytes"]) for file in (*shards, embedder["program.so"]))
-
     def facts(self) -> dict[str, str]:
         """The labels that follow from what is inside."""
         engine, certificate = self.json("build/engine/manifest.json"), self.json("build/certificate.json")

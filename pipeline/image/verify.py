@@ -94,7 +94,8 @@ def verify(
 
 def _look(client: docker.DockerClient, image: Image, contents: Contents, verdict: Verdict) -> None:
     """What can be seen without running it."""
-    labels, weights = dict(image.labels), contents.weights_bytes()
+    labels, engine = dict(image.labels), contents.json("build/engine/manifest.json")
+    weights = sum(entry["bytes"] for name, entry in engine["files"].items() if name.endswith(".safetensors"))
     size = sum(layer["Size"] for layer in image.history())
     architecture = image.attrs["Architecture"]
     verdict.facts |= {

@@ -97,7 +97,8 @@ make_base() {
     debootstrap --arch=$arch --variant=minbase --include=$PACKAGES $SUITE $root >$root.log 2>&1 ||
         stop "debootstrap failed: see $root.log"
     rm -rf $root/var/cache/apt/archives/*.deb $root/var/lib/apt/lists/* $root/usr/share/man $root/usr/share/locale
-    tar --directory $root --create --file $root.tar . && rm -rf $root
+    tar --directory $root --create --file $root.tar .
+    rm -rf $root
     load $root.tar
     rm $root.tar
 }

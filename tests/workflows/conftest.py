@@ -145,6 +145,7 @@ class Fork:
             text=True,
             check=False,
         )
+        assert done.stderr == "", done.stderr  # it judged, and did not merely fail
         return Ran(code=ran.code, log=ran.log + done.stdout, jobs={**ran.jobs, "pipeline": done.returncode == 0})
 
 
