@@ -1,8 +1,4 @@
-"""One issue for one trouble, on GitHub: opened when it begins, renewed while it lasts, closed when it is over.
-
-An issue is found again by its label, so a trouble that lasts a month is one issue with a comment for every day on which
-something about it changed, and not thirty issues.
-"""
+"""What workflows ask of GitHub beyond running: who keeps an artifact, and one issue for one trouble."""
 
 import os
 from typing import Any
@@ -19,7 +15,7 @@ class Repository:
     """The repository whose workflow this is, through GitHub's REST interface."""
 
     def __init__(self, url: str, name: str, token: str) -> None:
-        self._issues = f"{url}/repos/{name}/issues"
+        self._url = f"{url}/repos/{name}"
         self._session = requests.Session()
         self._session.headers.update({
             "Accept": "application/vnd.github+json",
@@ -36,35 +32,55 @@ class Repository:
         url = os.environ.get("GITHUB_API_URL", "https://api.github.com")
         return cls(url, os.environ["GITHUB_REPOSITORY"], os.environ["GITHUB_TOKEN"])
 
+    def keeper(self, artifact: str) -> int | None:
+        """The run of this repository that keeps the newest artifact of that name, or None.
+
+        A fork's pull request runs here too, and may keep what it likes under any name: such artifacts do not count.
+        """
+        named = {"name": artifact, "per_page": "100"}
+        found = self._call("GET", f"{self._url}/actions/artifacts", "actions: read", params=named)
+        for kept in sorted(found["artifacts"], key=lambda one: str(one["created_at"]), reverse=True):
+            run = kept["workflow_run"]
+            if not kept["expired"] and run["head_repository_id"] == run["repository_id"]:
+                return int(run["id"])
+        return None
+
     def tell(self, label: str, title: str, trouble: str | None) -> str:
-        """Opens, renews or closes the one issue of that label; `trouble` is None when all is well. Says what it did."""
-        found = self._call("GET", self._issues, params={"labels": label, "state": "open"})
+        """Opens, renews or closes the one issue of that label; `trouble` is None when all is well. Says what it did.
+
+        The label finds it again: a trouble that lasts a month is one issue, with a comment for every day on which
+        something about it changed, and not thirty issues.
+        """
+        issues, needs = f"{self._url}/issues", "issues: write"
+        found = self._call("GET", issues, needs, params={"labels": label, "state": "open"})
         known = next((issue for issue in found if "pull_request" not in issue), None)
         if trouble is None and known is None:
             return "all is well, and no issue is open"
         if known is None:
-            made = self._call("POST", self._issues, {"title": title, "body": trouble, "labels": [label]})
+            made = self._call("POST", issues, needs, {"title": title, "body": trouble, "labels": [label]})
             return f"opened {made['html_url']}"
-        place = f"{self._issues}/{known['number']}"
+        place = f"{issues}/{known['number']}"
         if trouble is None:
-            self._call("POST", f"{place}/comments", {"body": "All is well again."})
-            self._call("PATCH", place, {"state": "closed", "state_reason": "completed"})
+            self._call("POST", f"{place}/comments", needs, {"body": "All is well again."})
+            self._call("PATCH", place, needs, {"state": "closed", "state_reason": "completed"})
             return f"closed {known['html_url']}"
         if known["body"] == trouble:
             return f"{known['html_url']} says it already"
-        self._call("PATCH", place, {"title": title, "body": trouble})
-        self._call("POST", f"{place}/comments", {"body": trouble})
+        self._call("PATCH", place, needs, {"title": title, "body": trouble})
+        self._call("POST", f"{place}/comments", needs, {"body": trouble})
         return f"renewed {known['html_url']}"
 
-    def _call(self, method: str, url: str, body: object = None, params: dict[str, str] | None = None) -> Any:
+    def _call(
+        self, method: str, url: str, needs: str, body: object = None, params: dict[str, str] | None = None
+    ) -> Any:
         try:
             answer = self._session.request(method, url, json=body, params=params, timeout=SECONDS)
         except requests.RequestException as fault:
             raise InputError(f"GitHub cannot be reached at {url} ({type(fault).__name__}): run again later") from fault
         if answer.status_code in (401, 403, 404, 410):
             raise InputError(
-                f"GitHub refuses {method} {url} with {answer.status_code}: the job needs `permissions: issues: write`, "
-                "and the repository must have issues switched on"
+                f"GitHub refuses {method} {url} with {answer.status_code}: the job needs `permissions: {needs}`, and "
+                f"the repository must have its {needs.partition(':')[0]} switched on"
             )
         if not answer.ok:
             raise InputError(f"GitHub answers {method} {url} with {answer.status_code}: run again later")

@@ -11,9 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import docker
 import pytest
@@ -28,6 +32,9 @@ ACTIONS = Path(__file__).parent / "actions"
 PINNED = re.compile(r"uses: ([\w-]+/[\w-]+)(/[\w-]+)?@([0-9a-f]{40})")
 RUNNERS = ("ubuntu-24.04", "ubuntu-24.04-arm")
 PATIENCE = 3600.0
+TOKEN = "token-of-the-run"
+KEPT = ("caches/*", "artifacts/*/weights-*")
+"""Of what a forge keeps, what another one could have built."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +76,6 @@ class Fork:
         for kept in self.store.glob(f"caches/{prefix}-*"):
             text = (kept / file).read_text(encoding="utf-8")
             assert old in text
-            (kept / file).unlink()  # other forks share its bytes
             (kept / file).write_text(text.replace(old, new), encoding="utf-8")
 
     def key(self, stage: str) -> str:
@@ -100,14 +106,20 @@ class Fork:
         """Executes a workflow, a job at a time."""
         for name in ("attested", "signed"):
             (self.store / name).unlink(missing_ok=True)
-        shutil.rmtree(self.store / "artifacts", ignore_errors=True)
+        artifacts = self.store / "artifacts"
+        run = 1 + max((int(folder.name) for folder in artifacts.glob("*")), default=0)
+        (artifacts / str(run)).mkdir(parents=True)
         command = [str(ACT), event, "--workflows", f".github/workflows/{workflow}", "--no-cache-server"]
         command += ["--concurrent-jobs", "1", "--action-cache-path", str(self.store / "act")]
         for runner in RUNNERS:
             command += ["--platform", f"{runner}=-self-hosted"]
         for action, commit in sorted(pinned(self.tree)):
             command += ["--local-repository", f"{action}@{commit}={ACTIONS / action.partition('/')[2]}"]
-        for option, values in (("--var", self.variables), ("--secret", self.secrets), ("--input", inputs or {})):
+        for option, values in (
+            ("--var", self.variables),
+            ("--secret", {"GITHUB_TOKEN": TOKEN, **self.secrets}),
+            ("--input", inputs or {}),
+        ):
             for name, value in values.items():
                 command += [option, f"{name}={value}"]
         given = {"EMERALD_TEST_STORE": str(self.store), "EMERALD_TEST_VENV": sys.prefix}
@@ -115,17 +127,18 @@ class Fork:
             "DOCKER_CONFIG": str(self.store / "docker"),
             "DOCKER_HOST": os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock"),
         }
-        for name, value in given.items():
-            command += ["--env", f"{name}={value}"]
-        done = subprocess.run(
-            command,
-            cwd=self.tree,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+        with listed(artifacts) as url:
+            for name, value in {**given, "GITHUB_API_URL": url, "GITHUB_RUN_ID": str(run)}.items():
+                command += ["--env", f"{name}={value}"]
+            done = subprocess.run(
+                command,
+                cwd=self.tree,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=PATIENCE,
+                check=False,
+            )
         (self.store / "act.log").write_text(done.stdout)
         ran = Ran(code=done.returncode, log=done.stdout, jobs=jobs_of(done.stdout))
         return self._concluded(ran) if workflow == "pipeline.yml" and "pipeline" not in ran.jobs else ran
@@ -147,6 +160,41 @@ class Fork:
         )
         assert done.stderr == "", done.stderr  # it judged, and did not merely fail
         return Ran(code=ran.code, log=ran.log + done.stdout, jobs={**ran.jobs, "pipeline": done.returncode == 0})
+
+
+@contextmanager
+def listed(artifacts: Path) -> Iterator[str]:
+    """The forge's list of artifacts, at the address that is given: folders RUN/NAME, to whoever has the token."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            asked = urlsplit(self.path)
+            if self.headers["Authorization"] != f"Bearer {TOKEN}" or not asked.path.endswith("/actions/artifacts"):
+                self.send_error(403)
+                return
+            found = [
+                {
+                    "created_at": f"{int(folder.parent.name):09}",
+                    "expired": False,
+                    "workflow_run": {"id": int(folder.parent.name), "repository_id": 1, "head_repository_id": 1},
+                }
+                for folder in artifacts.glob(f"*/{parse_qs(asked.query)['name'][0]}")
+            ]
+            body = json.dumps({"total_count": len(found), "artifacts": found}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
 
 
 def commit(tree: Path, message: str) -> None:
@@ -234,12 +282,18 @@ def built(tree: Path, tmp_path_factory: pytest.TempPathFactory, account: Account
     """
     fork = make_fork(tree, tmp_path_factory.mktemp("forge"))
     kept = os.environ.get("EMERALD_TEST_CACHES")
-    if kept and Path(kept).is_dir():
-        shutil.copytree(kept, fork.store / "caches")
+    if kept:
+        copy_kept(Path(kept), fork.store)
     ran = fork.run()
     if kept:
-        shutil.copytree(fork.store / "caches", kept, dirs_exist_ok=True)
+        copy_kept(fork.store, Path(kept))
     return fork, ran
+
+
+def copy_kept(store: Path, other: Path) -> None:
+    """What a forge has built, to where another begins with it."""
+    for folder in (folder for pattern in KEPT for folder in store.glob(pattern)):
+        shutil.copytree(folder, other / folder.relative_to(store), dirs_exist_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +326,7 @@ def fork(built: tuple[Fork, Ran], tree: Path, tmp_path: Path, account: Account) 
 def make_fork_with_credentials(tree: Path, folder: Path, built: Fork, account: Account) -> Fork:
     """A copy of the tree, on a forge that knows what was built and may push."""
     made = make_fork(tree, folder)
-    subprocess.run(["cp", "-al", str(built.store / "caches"), str(made.store)], check=True)
+    copy_kept(built.store, made.store)
     made.variables |= {"DOCKERHUB_USERNAME": NAME, "EMERALD_IMAGE": account.repository}
     made.secrets["DOCKERHUB_TOKEN"] = PASSWORD
     return made

@@ -33,14 +33,14 @@ def test_a_push_promotes_the_digest_that_was_verified(promoted: Promotion, accou
     verdicts = json.dumps(attested[0]["predicate"])
     assert all(gate in verdicts for gate in ("quality", "latency", "cache", "image"))
     assert promoted.fork.lines("signed") == [f"sign --yes {account.repository}@{promoted.digest}"]
-    assert "saved weights" not in "\n".join(promoted.fork.log())
+    assert "uploaded weights" not in "\n".join(promoted.fork.log())
 
 
 def test_the_same_push_again_builds_and_uploads_nothing_new(promoted: Promotion, fork: Fork, account: Account) -> None:
     ran = fork.run()
     ran.require_green()
     assert account.tags()["latest"] == promoted.digest
-    assert not [line for line in fork.log() if line.startswith("saved")]
+    assert not [line for line in fork.log() if line.startswith(("saved", "uploaded weights"))]
     assert re.search(r"\b0 layers pushed, \d+ were there", ran.log)
 
 
@@ -60,7 +60,7 @@ def test_edited_words_get_a_new_image_and_no_new_weights(promoted: Promotion, fo
     ran = fork.run()
     ran.require_green()
     said = "\n".join(fork.log())
-    assert "restored weights" in said and "saved weights" not in said
+    assert "downloaded weights" in said and "uploaded weights" not in said
     assert "began from answers" in said and "saved answers" in said
     assert re.search(r"\bbuild_cache: ", ran.log)
     assert not re.search(r"\b(quantize|export|train_embedder|export_embedder): ", ran.log)
