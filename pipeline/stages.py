@@ -9,6 +9,7 @@ from pipeline.windows import CALIBRATION_TEXT, GATE_TEXT
 CHECKPOINT = Path("checkpoint")
 INT4 = Path("int4")
 ENGINE = Path("engine")
+TRAINING_SET = Path("training_set.json")
 TRAINED = Path("trained")
 EMBEDDER = Path("embedder")
 CACHE = Path("cache")
@@ -49,9 +50,16 @@ def table(config: Config) -> tuple[Stage, ...]:
         ),
         Stage(name="export", config=config.export, inputs=(INT4,), outputs=(ENGINE,)),
         Stage(
+            name="training_set",
+            config=config.training_set,
+            sources=(ENTRIES, CONTRAST, SCHEMA),
+            outputs=(TRAINING_SET,),
+        ),
+        Stage(
             name="train_embedder",
             config=config.train_embedder,
-            sources=(ENTRIES, CONTRAST, SCHEMA, *_folder_of(config.train_embedder.source)),
+            sources=_folder_of(config.train_embedder.source),
+            inputs=(TRAINING_SET,),
             outputs=(TRAINED,),
         ),
         Stage(name="export_embedder", config=config.export_embedder, inputs=(TRAINED,), outputs=(EMBEDDER,)),

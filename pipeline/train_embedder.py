@@ -9,9 +9,10 @@ nothing. The word embeddings stay as they are, so that words which no author use
 The result depends on nothing but the data, the configuration, the CPU and its number of threads.
 """
 
+import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from model.artifact import write_json
 from model.errors import InputError
-from pipeline.author_data import Entry, Question, read_contrast, read_entries
 from pipeline.configs import TrainEmbedderConfig
 from pipeline.licences import copy_licences
 from pipeline.progress import track
@@ -38,10 +38,9 @@ LONGEST = 64
 """Tokens of a text that training reads."""
 
 
-def run(config: TrainEmbedderConfig, entries: Path, contrast: Path, schemas: Path, *paths: Path) -> None:
-    """`paths` ends with the folder to write; a folder source stands before it and is named by the config."""
-    read = read_entries(entries, schemas)
-    apart = read_contrast(contrast, schemas, {entry.id for entry in read})
+def run(config: TrainEmbedderConfig, *paths: Path) -> None:
+    """`paths` ends with the training set and the folder to write; a folder source stands first, as the config says."""
+    *_, training_set, trained = paths
     source = locate(config.source, config.sha256)
     os.environ["HF_HUB_OFFLINE"] = "1"
     from sentence_transformers import SentenceTransformer
@@ -56,21 +55,21 @@ def run(config: TrainEmbedderConfig, entries: Path, contrast: Path, schemas: Pat
     network.encoder.layer = network.encoder.layer[: config.layers]
     network.config.num_hidden_layers = config.layers
     network.embeddings.requires_grad_(False)
-    _train(model, config, _Lessons(config, read, apart))
-    model.save(str(paths[-1]), create_model_card=False)
-    copy_licences(source, paths[-1])
-    write_json(paths[-1] / "source.json", {name: getattr(config, name) for name in ("source", "model_id", "licence")})
+    _train(model, config, _Lessons(config, json.loads(training_set.read_text(encoding="utf-8"))))
+    model.save(str(trained), create_model_card=False)
+    copy_licences(source, trained)
+    write_json(trained / "source.json", {name: getattr(config, name) for name in ("source", "model_id", "licence")})
 
 
 class _Lessons:
     """Draws the texts of each step, with the class of each."""
 
-    def __init__(self, config: TrainEmbedderConfig, entries: Sequence[Entry], apart: Sequence[Question]) -> None:
+    def __init__(self, config: TrainEmbedderConfig, texts: Mapping[str, Any]) -> None:
         self._config = config
         self._random = random.Random(config.seed)
-        self.phrasings = [entry.phrasings for entry in entries]
-        self._near = [[question.text for question in apart if question.near == entry.id] for entry in entries]
-        self._elsewhere = [question.text for question in apart if question.near is None]
+        self.phrasings: list[list[str]] = texts["phrasings"]
+        self._near_misses: list[list[str]] = texts["near_misses"]
+        self._out_of_domain: list[str] = texts["out_of_domain"]
 
     def draw(self, neighbours: Tensor) -> tuple[list[str], Tensor]:
         """Texts and their classes, phrasings first; `neighbours` [intents, CLUSTER] starts with each intent itself."""
@@ -82,8 +81,8 @@ class _Lessons:
             texts += drawn
             classes += [intent] * len(drawn)
         for intent in intents:
-            texts += self._some(self._near[intent], self._config.near_misses_per_intent)
-        texts += self._some(self._elsewhere, self._config.out_of_domain_per_step)
+            texts += self._some(self._near_misses[intent], self._config.near_misses_per_intent)
+        texts += self._some(self._out_of_domain, self._config.out_of_domain_per_step)
         alone = range(len(self.phrasings), len(self.phrasings) + len(texts) - len(classes))
         return texts, torch.tensor([*classes, *alone])
 

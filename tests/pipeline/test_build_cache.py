@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from model.artifact import file_digest
-from pipeline import build_cache, train_embedder
+from pipeline import build_cache, train_embedder, training_set
 from pipeline.build_cache import build_index
-from pipeline.configs import BuildCacheConfig, embedded
+from pipeline.configs import BuildCacheConfig, TrainingSetConfig, embedded
 from pipeline.train_embedder import contrastive_loss
 from serving.cache import Cache, Considered
 from serving.embedder import Embedder
@@ -102,13 +102,34 @@ def test_the_graph_has_the_same_bytes_every_time_and_misses_little() -> None:
 # Training
 
 
+def training_set_of(small: SmallCache) -> Path:
+    """What the embedder would learn from."""
+    output = small.root / "training_set.json"
+    training_set.run(TrainingSetConfig(), small.root / "entries", small.root / "contrast", SCHEMAS, output)
+    return output
+
+
+def test_the_embedder_learns_nothing_of_answers_and_names(small: SmallCache) -> None:
+    small.write()
+    before = training_set_of(small).read_bytes()
+    edit(small, "the-wizard", "the-humbug")  # in an intent's name, and in its answer
+    assert training_set_of(small).read_bytes() == before
+    edit(small, "Who is the Wizard?", "Who is the Humbug?")
+    assert training_set_of(small).read_bytes() != before
+
+
+def edit(small: SmallCache, old: str, new: str) -> None:
+    for file in (small.root / "entries/all.yaml", small.root / "contrast/near_misses.yaml"):
+        file.write_text(file.read_text().replace(old, new))
+
+
 def test_training_twice_gives_the_same_bytes(small: SmallCache) -> None:
     small.write()
     config = replace(embedded().train_embedder, steps=3, intents_per_step=3)
     folders = [small.root / name for name in ("one", "two", "other")]
-    sources = (small.root / "entries", small.root / "contrast", SCHEMAS)
+    texts = training_set_of(small)
     for folder, seed in zip(folders, (1, 1, 2), strict=True):
-        train_embedder.run(replace(config, seed=seed), *sources, folder)
+        train_embedder.run(replace(config, seed=seed), texts, folder)
     digests = [file_digest(folder / "model.safetensors") for folder in folders]
     assert digests[0] == digests[1] != digests[2]
 
@@ -136,11 +157,11 @@ def test_training_pulls_an_intent_together_and_its_near_misses_away(small: Small
 
     small.write()
     config = replace(embedded().train_embedder, steps=12, intents_per_step=3, learning_rate=1e-4)
-    sources = (small.root / "entries", small.root / "contrast", SCHEMAS)
+    texts = training_set_of(small)
     gaps = []
     for steps, rate in ((1, 0.0), (12, config.learning_rate)):
         folder = small.root / f"after-{steps}"
-        train_embedder.run(replace(config, steps=steps, learning_rate=rate), *sources, folder)
+        train_embedder.run(replace(config, steps=steps, learning_rate=rate), texts, folder)
         model = SentenceTransformer(str(folder), device="cpu")
         own, twin, trap = model.encode(
             ["Who is the Wizard?", "the wizard of oz, who is that", "Who never was the Wizard?"],

@@ -11,13 +11,11 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from typing import Any
 
 import docker
 import pytest
@@ -25,6 +23,7 @@ import yaml
 
 from pipeline.image.contents import OWN
 from tests.conftest import ROOT
+from tests.forge import TOKEN, artifact, forge_served
 from tests.image.conftest import NAME, PASSWORD, Registry, registry_at
 
 ACT = Path(sys.executable).with_name("act")
@@ -32,7 +31,6 @@ ACTIONS = Path(__file__).parent / "actions"
 PINNED = re.compile(r"uses: ([\w-]+/[\w-]+)(/[\w-]+)?@([0-9a-f]{40})")
 RUNNERS = ("ubuntu-24.04", "ubuntu-24.04-arm")
 PATIENCE = 3600.0
-TOKEN = "token-of-the-run"
 KEPT = ("caches/*", "artifacts/*/weights-*")
 """Of what a forge keeps, what another one could have built."""
 
@@ -63,6 +61,7 @@ class Fork:
     store: Path
     variables: dict[str, str] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)
+    issues: list[dict[str, Any]] = field(default_factory=list)
 
     def edit(self, file: str, old: str, new: str) -> None:
         """Replaces a text that the file must hold, and commits."""
@@ -97,6 +96,10 @@ class Fork:
         file = self.store / name
         return file.read_text().splitlines() if file.exists() else []
 
+    def artifacts(self) -> list[dict[str, Any]]:
+        """What its runs have kept, as the forge lists it."""
+        return [artifact(kept.name, int(kept.parent.name)) for kept in self.store.glob("artifacts/*/*")]
+
     def workflows(self, event: str) -> set[str]:
         """Files of the workflows that an event starts."""
         listed = subprocess.run([ACT, event, "--list"], cwd=self.tree, capture_output=True, text=True, check=True)
@@ -106,9 +109,8 @@ class Fork:
         """Executes a workflow, a job at a time."""
         for name in ("attested", "signed"):
             (self.store / name).unlink(missing_ok=True)
-        artifacts = self.store / "artifacts"
-        run = 1 + max((int(folder.name) for folder in artifacts.glob("*")), default=0)
-        (artifacts / str(run)).mkdir(parents=True)
+        number = 1 + max((int(run.name) for run in self.store.glob("artifacts/*")), default=0)
+        (self.store / f"artifacts/{number}").mkdir(parents=True)
         command = [str(ACT), event, "--workflows", f".github/workflows/{workflow}", "--no-cache-server"]
         command += ["--concurrent-jobs", "1", "--action-cache-path", str(self.store / "act")]
         for runner in RUNNERS:
@@ -127,8 +129,9 @@ class Fork:
             "DOCKER_CONFIG": str(self.store / "docker"),
             "DOCKER_HOST": os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock"),
         }
-        with listed(artifacts) as url:
-            for name, value in {**given, "GITHUB_API_URL": url, "GITHUB_RUN_ID": str(run)}.items():
+        with forge_served(self.artifacts) as forge:
+            forge.issues = self.issues
+            for name, value in {**given, "GITHUB_API_URL": forge.url, "GITHUB_RUN_ID": str(number)}.items():
                 command += ["--env", f"{name}={value}"]
             done = subprocess.run(
                 command,
@@ -160,41 +163,6 @@ class Fork:
         )
         assert done.stderr == "", done.stderr  # it judged, and did not merely fail
         return Ran(code=ran.code, log=ran.log + done.stdout, jobs={**ran.jobs, "pipeline": done.returncode == 0})
-
-
-@contextmanager
-def listed(artifacts: Path) -> Iterator[str]:
-    """The forge's list of artifacts, at the address that is given: folders RUN/NAME, to whoever has the token."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            asked = urlsplit(self.path)
-            if self.headers["Authorization"] != f"Bearer {TOKEN}" or not asked.path.endswith("/actions/artifacts"):
-                self.send_error(403)
-                return
-            found = [
-                {
-                    "created_at": f"{int(folder.parent.name):09}",
-                    "expired": False,
-                    "workflow_run": {"id": int(folder.parent.name), "repository_id": 1, "head_repository_id": 1},
-                }
-                for folder in artifacts.glob(f"*/{parse_qs(asked.query)['name'][0]}")
-            ]
-            body = json.dumps({"total_count": len(found), "artifacts": found}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
 
 
 def commit(tree: Path, message: str) -> None:
@@ -239,8 +207,18 @@ class Account:
 
     def layers(self, digest: str) -> dict[str, int]:
         """{digest: bytes} of an image's layers."""
-        blob = self.registry.data / f"docker/registry/v2/blobs/sha256/{digest[7:9]}/{digest[7:]}/data"
-        return {layer["digest"]: layer["size"] for layer in json.loads(blob.read_text())["layers"]}
+        return {layer["digest"]: layer["size"] for layer in json.loads(self._blob(digest).read_text())["layers"]}
+
+    @contextmanager
+    def without(self, layer: str) -> Iterator[None]:
+        """A registry that has lost a layer, until the block ends."""
+        blob = self._blob(layer)
+        lost = blob.rename(blob.with_name("lost"))
+        yield
+        lost.rename(blob)
+
+    def _blob(self, digest: str) -> Path:
+        return self.registry.data / f"docker/registry/v2/blobs/sha256/{digest[7:9]}/{digest[7:]}/data"
 
 
 def forget_images() -> None:

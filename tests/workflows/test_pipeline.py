@@ -3,7 +3,7 @@
 import json
 import re
 
-from tests.image.conftest import PASSWORD
+from tests.image.conftest import PASSWORD, log_in
 from tests.workflows.conftest import Account, Fork, Promotion, Ran, commit, forget_images
 
 LARGE = 20_000_000
@@ -55,8 +55,10 @@ def test_a_machine_that_never_saw_the_image_pushes_no_layer_again(
     assert account.layers(account.tags()["latest"]) == account.layers(promoted.digest)
 
 
-def test_edited_words_get_a_new_image_and_no_new_weights(promoted: Promotion, fork: Fork, account: Account) -> None:
-    edit_the_greeting(fork)
+def test_an_edited_answer_gets_a_new_image_and_no_new_weights(
+    promoted: Promotion, fork: Fork, account: Account
+) -> None:
+    edit_an_answer(fork)
     ran = fork.run()
     ran.require_green()
     said = "\n".join(fork.log())
@@ -67,13 +69,13 @@ def test_edited_words_get_a_new_image_and_no_new_weights(promoted: Promotion, fo
     after = account.tags()["latest"]
     assert after != promoted.digest
     large = {digest for digest, size in account.layers(promoted.digest).items() if size > LARGE}
-    assert len(large) >= 2  # weights, Python packages
+    assert len(large) >= 3  # weights, embedder, Python packages
     assert large <= account.layers(after).keys()
 
 
-def edit_the_greeting(fork: Fork) -> None:
-    """What a visitor reads, and no question that the embedder is trained on."""
-    fork.edit("cache_data/persona.yaml", "Welcome, traveller.", "Welcome, welcome, traveller.")
+def edit_an_answer(fork: Fork) -> None:
+    here, there = "and we shall begin there.", "and we shall begin there, or a little way before it."
+    fork.edit("cache_data/entries/app.yaml", here, there)
 
 
 def edit_the_server(fork: Fork) -> None:
@@ -112,10 +114,10 @@ def test_a_forged_certificate_stops_it(fork: Fork, account: Account) -> None:
 
 
 def test_a_stale_certificate_stops_it(fork: Fork, account: Account) -> None:
-    """What was certified before the persona was edited is kept under the key of what it is now."""
+    """What was certified before an answer was edited is kept under the key of what it is now."""
     before = account.tags()
     (kept,) = fork.store.glob("caches/answers-*")
-    edit_the_greeting(fork)
+    edit_an_answer(fork)
     kept.rename(kept.with_name(f"answers-{fork.key('certify_cache')}"))
     ran = fork.run()
     ran.require_red("gates/judge")
@@ -217,6 +219,27 @@ def test_rolling_back_is_one_dispatch(promoted: Promotion, fork: Fork, account: 
     ran = fork.run("workflow_dispatch", {"tag": "latest", "digest": ""}, workflow="promote.yml")
     ran.require_green()
     assert account.tags()["latest"] == first
+
+
+def test_the_canary_reports_a_registry_that_lost_a_layer_until_it_has_it_again(
+    promoted: Promotion, fork: Fork, account: Account
+) -> None:
+    """As it runs every day, on a machine that never saw the image. This registry asks for a password to read, too."""
+    log_in(fork.store / "docker", account.registry.port, PASSWORD)
+
+    def sing() -> Ran:
+        forget_images()
+        return fork.run("schedule", workflow="monitor.yml")
+
+    sing().require_green()
+    assert fork.issues == []
+    with account.without(max(account.layers(promoted.digest))):
+        assert sing().jobs == {"monitor/canary": False}
+    (issue,) = fork.issues
+    assert issue["state"] == "open" and issue["labels"] == ["canary"]
+    assert "came to no verdict" in issue["body"]
+    sing().require_green()
+    assert issue["state"] == "closed"
 
 
 SPY = """.PHONY: setup lint lint-workflows pipeline test test-image image

@@ -1,0 +1,95 @@
+"""A forge for the tests: keeps issues with their comments and lists artifacts as GitHub's REST interface does."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+TOKEN = "token-of-the-run"
+OURS, THEIRS = 1, 2
+"""Repositories: the one whose workflows run, and a fork."""
+
+
+class Forge(ThreadingHTTPServer):
+    """Whatever the repository is called; a `status` other than 200 makes it refuse."""
+
+    def __init__(self, artifacts: Callable[[], list[dict[str, Any]]]) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.artifacts = artifacts
+        self.issues: list[dict[str, Any]] = []
+        self.comments: list[str] = []
+        self.status = 200
+
+    @property
+    def url(self) -> str:
+        """What workflows know as GITHUB_API_URL."""
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+@contextmanager
+def forge_served(artifacts: Callable[[], list[dict[str, Any]]] = list) -> Iterator[Forge]:
+    """Serves until the block ends."""
+    with Forge(artifacts) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def artifact(name: str, run: int, *, by: int = OURS, expired: bool = False) -> dict[str, Any]:
+    """As GitHub describes it: kept by the run of that number, later ones later."""
+    made_by = {"id": run, "repository_id": OURS, "head_repository_id": by}
+    return {"name": name, "created_at": f"2026-01-01T00:00:{run:02}Z", "expired": expired, "workflow_run": made_by}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Forge
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        asked = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(asked.query).items()}
+        if asked.path.endswith("/actions/artifacts"):
+            self._answer({"artifacts": [kept for kept in self.server.artifacts() if kept["name"] == query["name"]]})
+        else:
+            assert asked.path.endswith("/issues")
+            label, state = query["labels"], query["state"]
+            issues = self.server.issues
+            self._answer([issue for issue in issues if label in issue["labels"] and issue["state"] == state])
+
+    def do_POST(self) -> None:
+        body = self._body()
+        if self.path.endswith("/issues"):
+            number = len(self.server.issues) + 1
+            issue = {**body, "number": number, "state": "open", "html_url": f"issue {number}"}
+            self.server.issues.append(issue)
+            self._answer(issue)
+        else:
+            assert self.path.endswith(f"/issues/{len(self.server.issues)}/comments")
+            self.server.comments.append(body["body"])
+            self._answer({})
+
+    def do_PATCH(self) -> None:
+        number = int(self.path.rpartition("/")[2])
+        self.server.issues[number - 1] |= self._body()
+        self._answer(self.server.issues[number - 1])
+
+    def _body(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        return content
+
+    def _answer(self, content: object) -> None:
+        status = self.server.status if self.headers["Authorization"] == f"Bearer {TOKEN}" else 401
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
