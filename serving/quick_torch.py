@@ -1,8 +1,8 @@
 """`import torch` in half its time. To be imported before whatever else imports it.
 
-A quarter of that time registers the shapes of operators for compilers, and as much goes to Python's collector, which
-looks again and again through objects that all stay. Nothing is compiled where programs are served. Who would compile
-in such a process imports `torch._meta_registrations` first, as torch itself does elsewhere.
+The rest of that time registers operators and their shapes for compilers, or goes to Python's collector, which looks
+again and again through objects that all stay. Nothing is compiled where programs are served. Who would compile in such
+a process imports `torch._meta_registrations` first, as torch itself does elsewhere.
 """
 
 import gc
@@ -17,7 +17,9 @@ if "torch" not in sys.modules:
     import torch
 
     del sys.modules[SHAPES], torch._meta_registrations
-    import torch._prims.rng_prims  # random generators need it, and it came with the shapes
+    if hasattr(torch._C, "_set_generator_metaclass"):  # what random generators need of the shapes, since torch 2.13
+        from torch._opaque_base import OpaqueBaseMeta
 
+        torch._C._set_generator_metaclass(OpaqueBaseMeta)
     gc.freeze()
     gc.enable()

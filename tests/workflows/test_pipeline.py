@@ -242,6 +242,22 @@ def test_the_canary_reports_a_registry_that_lost_a_layer_until_it_has_it_again(
     assert issue["state"] == "closed"
 
 
+def test_a_deployment_says_what_it_lacks_before_it_builds(fork: Fork) -> None:
+    """The rest of it takes an Arm machine and an AWS account."""
+    inputs = {"config": "embedded", "stack": "emerald", "repository": "emerald", "url": "iam"}
+    for name, value in (("AWS_ROLE", "role"), ("AWS_REGION", "region"), ("EMERALD_API_KEYS", "digest")):
+        assert f"::error::set the variable {name}: see deploy/lambda/README.md" in refused(fork, inputs)
+        fork.variables[name] = value
+    assert "EMERALD_CPU is native, and Lambda runs aarch64 alone" in refused(fork, inputs)
+
+
+def refused(fork: Fork, inputs: dict[str, str]) -> str:
+    """What a deployment said that did not begin."""
+    ran = fork.run("workflow_dispatch", inputs, workflow="deploy-lambda.yml")
+    assert ran.jobs == {"deploy-lambda/deploy": False}
+    return ran.log
+
+
 SPY = """.PHONY: setup lint lint-workflows pipeline test test-image image
 setup lint lint-workflows pipeline test test-image image:
 	@env >>$(EMERALD_TEST_STORE)/seen; cat .git/config >>$(EMERALD_TEST_STORE)/seen
