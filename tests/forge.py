@@ -11,15 +11,17 @@ from urllib.parse import parse_qs, urlsplit
 TOKEN = "token-of-the-run"
 OURS, THEIRS = 1, 2
 """Repositories: the one whose workflows run, and a fork."""
+Described = dict[str, Any]
+"""An issue or an artifact, as the interface gives it."""
 
 
 class Forge(ThreadingHTTPServer):
     """Whatever the repository is called; a `status` other than 200 makes it refuse."""
 
-    def __init__(self, artifacts: Callable[[], list[dict[str, Any]]]) -> None:
+    def __init__(self, artifacts: Callable[[], list[Described]], issues: list[Described]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.artifacts = artifacts
-        self.issues: list[dict[str, Any]] = []
+        self.issues = issues
         self.comments: list[str] = []
         self.status = 200
 
@@ -30,9 +32,11 @@ class Forge(ThreadingHTTPServer):
 
 
 @contextmanager
-def forge_served(artifacts: Callable[[], list[dict[str, Any]]] = list) -> Iterator[Forge]:
-    """Serves until the block ends."""
-    with Forge(artifacts) as server:
+def forge_served(
+    artifacts: Callable[[], list[Described]] = list, issues: list[Described] | None = None
+) -> Iterator[Forge]:
+    """Serves until the block ends; `issues` are those of before, and get what is reported."""
+    with Forge(artifacts, [] if issues is None else issues) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -42,7 +46,7 @@ def forge_served(artifacts: Callable[[], list[dict[str, Any]]] = list) -> Iterat
             thread.join()
 
 
-def artifact(name: str, run: int, *, by: int = OURS, expired: bool = False) -> dict[str, Any]:
+def artifact(name: str, run: int, *, by: int = OURS, expired: bool = False) -> Described:
     """As GitHub describes it: kept by the run of that number, later ones later."""
     made_by = {"id": run, "repository_id": OURS, "head_repository_id": by}
     return {"name": name, "created_at": f"2026-01-01T00:00:{run:02}Z", "expired": expired, "workflow_run": made_by}

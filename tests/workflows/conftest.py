@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import docker
 import pytest
@@ -23,7 +22,7 @@ import yaml
 
 from pipeline.image.contents import OWN
 from tests.conftest import ROOT
-from tests.forge import TOKEN, artifact, forge_served
+from tests.forge import TOKEN, Described, artifact, forge_served
 from tests.image.conftest import NAME, PASSWORD, Registry, registry_at
 
 ACT = Path(sys.executable).with_name("act")
@@ -61,7 +60,7 @@ class Fork:
     store: Path
     variables: dict[str, str] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)
-    issues: list[dict[str, Any]] = field(default_factory=list)
+    issues: list[Described] = field(default_factory=list)
 
     def edit(self, file: str, old: str, new: str) -> None:
         """Replaces a text that the file must hold, and commits."""
@@ -96,7 +95,7 @@ class Fork:
         file = self.store / name
         return file.read_text().splitlines() if file.exists() else []
 
-    def artifacts(self) -> list[dict[str, Any]]:
+    def artifacts(self) -> list[Described]:
         """What its runs have kept, as the forge lists it."""
         return [artifact(kept.name, int(kept.parent.name)) for kept in self.store.glob("artifacts/*/*")]
 
@@ -111,30 +110,11 @@ class Fork:
             (self.store / name).unlink(missing_ok=True)
         number = 1 + max((int(run.name) for run in self.store.glob("artifacts/*")), default=0)
         (self.store / f"artifacts/{number}").mkdir(parents=True)
-        command = [str(ACT), event, "--workflows", f".github/workflows/{workflow}", "--no-cache-server"]
-        command += ["--concurrent-jobs", "1", "--action-cache-path", str(self.store / "act")]
-        for runner in RUNNERS:
-            command += ["--platform", f"{runner}=-self-hosted"]
-        for action, commit in sorted(pinned(self.tree)):
-            command += ["--local-repository", f"{action}@{commit}={ACTIONS / action.partition('/')[2]}"]
-        for option, values in (
-            ("--var", self.variables),
-            ("--secret", {"GITHUB_TOKEN": TOKEN, **self.secrets}),
-            ("--input", inputs or {}),
-        ):
-            for name, value in values.items():
-                command += [option, f"{name}={value}"]
-        given = {"EMERALD_TEST_STORE": str(self.store), "EMERALD_TEST_VENV": sys.prefix}
-        given |= {
-            "DOCKER_CONFIG": str(self.store / "docker"),
-            "DOCKER_HOST": os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock"),
-        }
-        with forge_served(self.artifacts) as forge:
-            forge.issues = self.issues
-            for name, value in {**given, "GITHUB_API_URL": forge.url, "GITHUB_RUN_ID": str(number)}.items():
-                command += ["--env", f"{name}={value}"]
+        with forge_served(self.artifacts, self.issues) as forge:
             done = subprocess.run(
-                command,
+                self._command(
+                    event, inputs or {}, workflow, {"GITHUB_API_URL": forge.url, "GITHUB_RUN_ID": str(number)}
+                ),
                 cwd=self.tree,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -145,6 +125,31 @@ class Fork:
         (self.store / "act.log").write_text(done.stdout)
         ran = Ran(code=done.returncode, log=done.stdout, jobs=jobs_of(done.stdout))
         return self._concluded(ran) if workflow == "pipeline.yml" and "pipeline" not in ran.jobs else ran
+
+    def _command(
+        self, event: str, inputs: Mapping[str, str], workflow: str, environment: Mapping[str, str]
+    ) -> list[str]:
+        command = [str(ACT), event, "--workflows", f".github/workflows/{workflow}", "--no-cache-server"]
+        command += ["--concurrent-jobs", "1", "--action-cache-path", str(self.store / "act")]
+        for runner in RUNNERS:
+            command += ["--platform", f"{runner}=-self-hosted"]
+        for action, commit in sorted(pinned(self.tree)):
+            command += ["--local-repository", f"{action}@{commit}={ACTIONS / action.partition('/')[2]}"]
+        given = {
+            "EMERALD_TEST_STORE": str(self.store),
+            "EMERALD_TEST_VENV": sys.prefix,
+            "DOCKER_CONFIG": str(self.store / "docker"),
+            "DOCKER_HOST": os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock"),
+        }
+        for option, values in (
+            ("--var", self.variables),
+            ("--secret", {"GITHUB_TOKEN": TOKEN, **self.secrets}),
+            ("--input", inputs),
+            ("--env", {**given, **environment}),
+        ):
+            for name, value in values.items():
+                command += [option, f"{name}={value}"]
+        return command
 
     def _concluded(self, ran: Ran) -> Ran:
         """With the aggregator, which act does not start once a called workflow has failed; GitHub does."""
