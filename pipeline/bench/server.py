@@ -43,7 +43,10 @@ from pipeline.configs import CONFIGS
 from pipeline.fingerprint import ROOT
 from pipeline.progress import say
 from pipeline.statistics import bootstrap
+from serving.prologue import model_id
 
+PARTS = ("under_load", "one_client", "cache_hit_ms", "restart_s")
+"""What is measured, by its name in the result."""
 CLIENTS = (1, 8, 64)
 SLOTS = 8
 """Replies that each server generates at once."""
@@ -71,36 +74,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    parts, settings = options.part or PARTS, {"EMERALD_THREADS": str(options.threads), "EMERALD_RUNNING": str(SLOTS)}
+    torch.set_num_threads(options.threads)
+    found: dict[str, Any] = {
+        "machine": {"cpu": family(), "threads": options.threads, "python": platform.python_version()},
+        "versions": {"torch": torch_version(), "llama.cpp": REQUIREMENTS[0] if options.gguf else None},
+        "model": model_id(options.build),
+    }
+    if set(parts) - {"restart_s"}:
+        found |= _of_running(options, parts, settings)
+    if "restart_s" in parts:
+        say("killed under load and started again")
+        starts = [_restart(options.build, settings) for _ in range(options.repetitions + 1)][1:]
+        found["restart_s"] = {name: spread([one[name] for one in starts]) for name in starts[0]}
+    return found
+
+
+def _of_running(options: argparse.Namespace, parts: Sequence[str], settings: Mapping[str, str]) -> dict[str, Any]:
+    """Those parts that ask a server which keeps running."""
     persona = read_json(options.build / "cache/entries.json", REMEDY)["persona"]["system_prompt"].strip()
     engine = Engine.load(options.build / "engine", sequences=1)
-    torch.set_num_threads(options.threads)
-    settings = {"EMERALD_THREADS": str(options.threads), "EMERALD_RUNNING": str(SLOTS)}
     open_ = {"EMERALD_WAITING": str(max(CLIENTS)), "EMERALD_SYSTEM_PROMPT": "true", "EMERALD_CONTEXTS": str(SLOTS)}
+    found: dict[str, Any] = {}
     with ExitStack() as stack:
         ours = stack.enter_context(emerald(options.build, {**settings, **open_}))
         servers = {"emerald": ours}
-        if options.gguf:
+        if options.gguf and "under_load" in parts:
             servers["llama.cpp"] = stack.enter_context(
                 llama_server(options.gguf, threads=options.threads, slots=SLOTS, context=engine.context)
             )
         for server in servers.values():
             server.wait_until_ready(READY_SECONDS)
-        together = _under_load(servers, persona, options.repetitions)
-        say("one client beside the bare engine")
-        overhead = _beside_engine(ours.port, engine, persona, PAIRS)
-        say("ready answers")
-        hits = _hits(ours.port, options.build)
-    say("killed under load and started again")
-    starts = [_restart(options.build, settings) for _ in range(options.repetitions + 1)][1:]
-    return {
-        "machine": {"cpu": family(), "threads": options.threads, "python": platform.python_version()},
-        "versions": {"torch": torch_version(), "llama.cpp": REQUIREMENTS[0] if options.gguf else None},
-        "model": engine.model_id,
-        "under_load": together,
-        "one_client": overhead,
-        "cache_hit_ms": hits,
-        "restart_s": {name: spread([one[name] for one in starts]) for name in starts[0]},
-    }
+        if "under_load" in parts:
+            found["under_load"] = _under_load(servers, persona, options.repetitions)
+        if "one_client" in parts:
+            say("one client beside the bare engine")
+            found["one_client"] = _beside_engine(ours.port, engine, persona, PAIRS)
+        if "cache_hit_ms" in parts:
+            say("ready answers")
+            found["cache_hit_ms"] = _hits(ours.port, options.build)
+    return found
 
 
 def _under_load(servers: Mapping[str, ServerProcess], persona: str, repetitions: int) -> dict[str, Any]:
@@ -254,20 +267,19 @@ async def _killed_under_load(server: ServerProcess) -> None:
 def _print(result: Mapping[str, Any]) -> None:
     machine = result["machine"]
     print(f"{result['model']} on {machine['cpu']}, {machine['threads']} threads; medians (least to most)\n")
-    for clients, found in result["under_load"].items():
+    for clients, found in result.get("under_load", {}).items():
         print(f"{clients} clients")
         for name, one in found.items():
             for key, value in one.items():
                 _row(f"{name}, {key}" if name != "ratio" else f"emerald / {key}, tokens_s", value)
-    print("one client")
-    for key in ("engine_tokens_s", "server_tokens_s"):
-        _row(key, result["one_client"][key])
-    print(
-        "  overhead {value:.1%} ({lower:.1%} to {upper:.1%}, 95 % bootstrap)".format(**result["one_client"]["overhead"])
-    )
-    for tier, hit in result["cache_hit_ms"].items():
+    if one_client := result.get("one_client"):
+        print("one client")
+        for key in ("engine_tokens_s", "server_tokens_s"):
+            _row(key, one_client[key])
+        print("  overhead {value:.1%} ({lower:.1%} to {upper:.1%}, 95 % bootstrap)".format(**one_client["overhead"]))
+    for tier, hit in result.get("cache_hit_ms", {}).items():
         print(f"  ready answer, {tier}, {hit['hits']} hits: p50 {hit['p50']} ms, p99 {hit['p99']} ms")
-    for name, value in result["restart_s"].items():
+    for name, value in result.get("restart_s", {}).items():
         _row(f"restart, {name}, s", value)
 
 
@@ -279,6 +291,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.bench.server", description=(__doc__ or "").partition("\n")[0]
     )
+    parser.add_argument("--part", choices=PARTS, action="append", help="measure only this; several may be given")
     parser.add_argument("--build", type=Path, default=ROOT / "build/embedded", help="a build folder")
     parser.add_argument("--config", choices=CONFIGS, default="embedded", help="whose source, if GGUF, llama.cpp serves")
     parser.add_argument("--gguf", type=Path, help="the file that llama.cpp serves instead")
