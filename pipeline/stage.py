@@ -121,10 +121,12 @@ class Build:
         targets = set(names) or {stage.name for stage in wanted}
         with self._lock():
             present = targets | self._read_but_gone(wanted, targets, force=force)
-            for stage in wanted:
+            for done, stage in enumerate(wanted, start=1):
                 kept = stage.name in present
                 reasons = ["forced"] if force and stage.name in targets else self.reasons(stage, outputs_kept=kept)
                 outcome = self._execute(stage, reasons) if reasons else self._unchanged(stage)
+                if reasons:  # what it has written may be what it wrote before
+                    present = targets | self._read_but_gone(wanted[done:], targets, force=force)
                 if outcome.failed:
                     self._withdraw_dependents(stage)
                 yield outcome

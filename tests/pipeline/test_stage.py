@@ -1,6 +1,7 @@
 """When a stage runs: over tiny stages, by the real command line in a process of its own."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -164,6 +165,20 @@ def test_an_output_that_is_gone_is_made_again_for_a_stage_that_must_run(built_tr
     (built_tree / "build/embedded/joined.txt").unlink()
     assert cli("run", "count", *again, folder=built_tree).states == {"join": "ran", "count": "ran"}
     require_whole(built_tree / "build/embedded")
+
+
+def test_an_output_that_came_out_as_it_was_has_nothing_made_again(tree: Path) -> None:
+    stages, apart = tree / "pipeline/stages.py", tree / "pipeline/apart.py"
+    stages.write_text(stages.read_text().replace('sources=(Path("apart.txt"),)', 'inputs=(Path("counted"),)'))
+    apart.write_text(apart.read_text().replace("shutil.copyfile(source, output)", "output.write_text(source.name)"))
+    assert cli("run", folder=tree).code == 0
+    counted, note = tree / "build/embedded/counted", tree / "notes/a.txt"
+    shutil.rmtree(counted)
+    note.write_text("One two")  # of which the first stage makes capitals
+    assert cli("run", "apart", folder=tree).states == {"join": "ran", "count": "unchanged", "apart": "unchanged"}
+    assert not counted.exists()
+    note.write_text("one two four")
+    assert set(cli("run", "apart", folder=tree).states.values()) == {"ran"}
 
 
 def test_what_is_published_of_a_stage_is_all_that_later_stages_need_elsewhere(built_tree: Path, tmp_path: Path) -> None:
