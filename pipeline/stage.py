@@ -125,13 +125,13 @@ class Build:
                 kept = stage.name in present
                 reasons = ["forced"] if force and stage.name in targets else self.reasons(stage, outputs_kept=kept)
                 outcome = self._execute(stage, reasons) if reasons else self._unchanged(stage)
-                if reasons:  # what it has written may be what it wrote before
-                    present = targets | self._read_but_gone(wanted[done:], targets, force=force)
                 if outcome.failed:
                     self._withdraw_dependents(stage)
                 yield outcome
                 if outcome.failed:
                     return
+                if reasons:  # what it has written may be what it wrote before, and spare later stages
+                    present = targets | self._read_but_gone(wanted[done:], targets, force=force)
 
     def key(self, names: Sequence[str]) -> str:
         """One digest of all that the outputs of these stages depend on; known before anything runs."""

@@ -1,6 +1,6 @@
 """`import torch` in half its time. To be imported before whatever else imports it.
 
-The rest of that time registers operators and their shapes for compilers, or goes to Python's collector, which looks
+The other half goes to registering operators and their shapes for compilers, and to Python's collector, which looks
 again and again through objects that all stay. Nothing is compiled where programs are served. Who would compile in such
 a process imports `torch._meta_registrations` first, as torch itself does elsewhere.
 """

@@ -1,9 +1,11 @@
 """A forge for the tests: keeps issues with their comments and lists artifacts as GitHub's REST interface does."""
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -46,10 +48,14 @@ def forge_served(
             thread.join()
 
 
-def artifact(name: str, run: int, *, by: int = OURS, expired: bool = False) -> Described:
+def artifact(name: str, run: int, *, by: int = OURS, branch: str = "main", expired: bool = False) -> Described:
     """As GitHub describes it: kept by the run of that number, later ones later."""
-    made_by = {"id": run, "repository_id": OURS, "head_repository_id": by}
-    return {"name": name, "created_at": f"2026-01-01T00:00:{run:02}Z", "expired": expired, "workflow_run": made_by}
+    return {
+        "name": name,
+        "created_at": f"{datetime(2026, 1, 1) + timedelta(minutes=run):%Y-%m-%dT%H:%M:%SZ}",
+        "expired": expired,
+        "workflow_run": {"id": run, "repository_id": OURS, "head_repository_id": by, "head_branch": branch},
+    }
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -61,37 +67,53 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         asked = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(asked.query).items()}
-        if asked.path.endswith("/actions/artifacts"):
+        if not self._admitted():
+            return
+        if self._is("actions/artifacts"):
             self._answer({"artifacts": [kept for kept in self.server.artifacts() if kept["name"] == query["name"]]})
         else:
-            assert asked.path.endswith("/issues")
+            assert self._is("issues")
             label, state = query["labels"], query["state"]
             issues = self.server.issues
             self._answer([issue for issue in issues if label in issue["labels"] and issue["state"] == state])
 
     def do_POST(self) -> None:
         body = self._body()
-        if self.path.endswith("/issues"):
+        if not self._admitted():
+            return
+        if self._is("issues"):
             number = len(self.server.issues) + 1
             issue = {**body, "number": number, "state": "open", "html_url": f"issue {number}"}
             self.server.issues.append(issue)
             self._answer(issue)
         else:
-            assert self.path.endswith(f"/issues/{len(self.server.issues)}/comments")
+            assert self._is(f"issues/{len(self.server.issues)}/comments")
             self.server.comments.append(body["body"])
             self._answer({})
 
     def do_PATCH(self) -> None:
-        number = int(self.path.rpartition("/")[2])
-        self.server.issues[number - 1] |= self._body()
-        self._answer(self.server.issues[number - 1])
+        body = self._body()
+        if self._admitted():
+            number = int(self.path.rpartition("/")[2])
+            assert self._is(f"issues/{number}")
+            self.server.issues[number - 1] |= body
+            self._answer(self.server.issues[number - 1])
 
-    def _body(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    def _is(self, place: str) -> bool:
+        """Whether this place of a repository is asked for."""
+        return re.fullmatch(rf"/repos/[^/]+/[^/]+/{place}", urlsplit(self.path).path) is not None
+
+    def _admitted(self) -> bool:
+        status = self.server.status if self.headers["Authorization"] == f"Bearer {TOKEN}" else 401
+        if status != 200:
+            self._answer({"message": "refused"}, status)
+        return status == 200
+
+    def _body(self) -> Described:
+        content: Described = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         return content
 
-    def _answer(self, content: object) -> None:
-        status = self.server.status if self.headers["Authorization"] == f"Bearer {TOKEN}" else 401
+    def _answer(self, content: object, status: int = 200) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))

@@ -1,6 +1,7 @@
 """Measures the server: beside llama.cpp's under the same load, beside its own engine, its cache, and its start.
 
     python -m pipeline.bench.server --build build/embedded    (make bench-server; first run builds llama.cpp's server)
+    python -m pipeline.bench.server --part restart_s          (one part alone)
 
 Both servers get the same questions with the persona as an explicit system prompt, the same threads and as many replies
 at once, and take turns, repetition by repetition, so that drift of a shared machine hits both; likewise the server and
@@ -78,7 +79,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     found: dict[str, Any] = {
         "machine": {"cpu": family(), "threads": options.threads, "python": platform.python_version()},
-        "versions": {"torch": torch_version(), "llama.cpp": REQUIREMENTS[0] if options.gguf else None},
+        "versions": {"torch": torch_version(), "llama.cpp": REQUIREMENTS[0] if "under_load" in parts else None},
         "model": model_id(options.build),
     }
     if set(parts) - {"restart_s"}:
@@ -93,15 +94,15 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 def _of_running(options: argparse.Namespace, parts: Sequence[str], settings: Mapping[str, str]) -> dict[str, Any]:
     """Those parts that ask a server which keeps running."""
     persona = read_json(options.build / "cache/entries.json", REMEDY)["persona"]["system_prompt"].strip()
-    engine = Engine.load(options.build / "engine", sequences=1)
     open_ = {"EMERALD_WAITING": str(max(CLIENTS)), "EMERALD_SYSTEM_PROMPT": "true", "EMERALD_CONTEXTS": str(SLOTS)}
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         ours = stack.enter_context(emerald(options.build, {**settings, **open_}))
         servers = {"emerald": ours}
-        if options.gguf and "under_load" in parts:
+        if "under_load" in parts and (gguf := options.gguf or peer_file(options.config)):
+            context = read_json(options.build / "engine/manifest.json", REMEDY)["context"]
             servers["llama.cpp"] = stack.enter_context(
-                llama_server(options.gguf, threads=options.threads, slots=SLOTS, context=engine.context)
+                llama_server(gguf, threads=options.threads, slots=SLOTS, context=context)
             )
         for server in servers.values():
             server.wait_until_ready(READY_SECONDS)
@@ -109,6 +110,7 @@ def _of_running(options: argparse.Namespace, parts: Sequence[str], settings: Map
             found["under_load"] = _under_load(servers, persona, options.repetitions)
         if "one_client" in parts:
             say("one client beside the bare engine")
+            engine = Engine.load(options.build / "engine", sequences=1)
             found["one_client"] = _beside_engine(ours.port, engine, persona, PAIRS)
         if "cache_hit_ms" in parts:
             say("ready answers")
@@ -297,9 +299,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, help="the file that llama.cpp serves instead")
     parser.add_argument("--repetitions", type=int, default=5, help="interleaved repetitions (default 5)")
     parser.add_argument("--threads", type=int, default=available_cores(), help="default: every core")
-    options = parser.parse_args(arguments)
-    options.gguf = options.gguf or peer_file(options.config)
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

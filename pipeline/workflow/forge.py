@@ -1,9 +1,12 @@
 """What workflows ask of GitHub beyond running: who keeps an artifact, and one issue for one trouble."""
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from model.errors import InputError
 
@@ -17,6 +20,8 @@ class Repository:
     def __init__(self, url: str, name: str, token: str) -> None:
         self._url = f"{url}/repos/{name}"
         self._session = requests.Session()
+        again = Retry(total=3, backoff_factor=0.5, status_forcelist=(429, 502, 503, 504), raise_on_status=False)
+        self._session.mount("http", HTTPAdapter(max_retries=again))
         self._session.headers.update({
             "Accept": "application/vnd.github+json",
             "Authorization": f"Bearer {token}",
@@ -32,16 +37,17 @@ class Repository:
         url = os.environ.get("GITHUB_API_URL", "https://api.github.com")
         return cls(url, os.environ["GITHUB_REPOSITORY"], os.environ["GITHUB_TOKEN"])
 
-    def keeper(self, artifact: str) -> int | None:
-        """The run of this repository that keeps the newest artifact of that name, or None.
+    def keeper(self, artifact: str, branches: Collection[str]) -> int | None:
+        """The run that keeps the newest artifact of that name, or None; only of these branches of this repository.
 
-        A fork's pull request runs here too, and may keep what it likes under any name: such artifacts do not count.
+        Pull requests, a fork's and a robot's among them, run here too, and may keep what they like under any name.
         """
         named = {"name": artifact, "per_page": "100"}
         found = self._call("GET", f"{self._url}/actions/artifacts", "actions: read", params=named)
-        for kept in sorted(found["artifacts"], key=lambda one: str(one["created_at"]), reverse=True):
+        for kept in sorted(found["artifacts"], key=lambda one: one["created_at"] or "", reverse=True):
             run = kept["workflow_run"]
-            if not kept["expired"] and run["head_repository_id"] == run["repository_id"]:
+            ours = run and run["head_repository_id"] == run["repository_id"] and run["head_branch"] in branches
+            if ours and not kept["expired"]:
                 return int(run["id"])
         return None
 
@@ -80,7 +86,7 @@ class Repository:
         if answer.status_code in (401, 403, 404, 410):
             raise InputError(
                 f"GitHub refuses {method} {url} with {answer.status_code}: the job needs `permissions: {needs}`, and "
-                f"the repository must have its {needs.partition(':')[0]} switched on"
+                "if that is about issues, the repository must have them switched on"
             )
         if not answer.ok:
             raise InputError(f"GitHub answers {method} {url} with {answer.status_code}: run again later")

@@ -85,7 +85,7 @@ class Fork:
         return subprocess.run(command, cwd=self.tree, capture_output=True, text=True, check=True).stdout.split()[0]
 
     def log(self) -> list[str]:
-        """What the forge was asked for since the last time: "saved KEY", "restored KEY", "logged in"."""
+        """What the forge was asked for since the last time: "saved KEY", "uploaded NAME", "logged in"."""
         file = self.store / "log"
         lines = file.read_text().splitlines() if file.exists() else []
         file.unlink(missing_ok=True)
@@ -112,9 +112,7 @@ class Fork:
         (self.store / f"artifacts/{number}").mkdir(parents=True)
         with forge_served(self.artifacts, self.issues) as forge:
             done = subprocess.run(
-                self._command(
-                    event, inputs or {}, workflow, {"GITHUB_API_URL": forge.url, "GITHUB_RUN_ID": str(number)}
-                ),
+                self._command(event, inputs or {}, workflow, forge.url, number),
                 cwd=self.tree,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -126,16 +124,16 @@ class Fork:
         ran = Ran(code=done.returncode, log=done.stdout, jobs=jobs_of(done.stdout))
         return self._concluded(ran) if workflow == "pipeline.yml" and "pipeline" not in ran.jobs else ran
 
-    def _command(
-        self, event: str, inputs: Mapping[str, str], workflow: str, environment: Mapping[str, str]
-    ) -> list[str]:
+    def _command(self, event: str, inputs: Mapping[str, str], workflow: str, forge: str, number: int) -> list[str]:
         command = [str(ACT), event, "--workflows", f".github/workflows/{workflow}", "--no-cache-server"]
         command += ["--concurrent-jobs", "1", "--action-cache-path", str(self.store / "act")]
         for runner in RUNNERS:
             command += ["--platform", f"{runner}=-self-hosted"]
         for action, commit in sorted(pinned(self.tree)):
             command += ["--local-repository", f"{action}@{commit}={ACTIONS / action.partition('/')[2]}"]
-        given = {
+        environment = {
+            "GITHUB_API_URL": forge,
+            "GITHUB_RUN_ID": str(number),
             "EMERALD_TEST_STORE": str(self.store),
             "EMERALD_TEST_VENV": sys.prefix,
             "DOCKER_CONFIG": str(self.store / "docker"),
@@ -145,7 +143,7 @@ class Fork:
             ("--var", self.variables),
             ("--secret", {"GITHUB_TOKEN": TOKEN, **self.secrets}),
             ("--input", inputs),
-            ("--env", {**given, **environment}),
+            ("--env", environment),
         ):
             for name, value in values.items():
                 command += [option, f"{name}={value}"]
@@ -219,8 +217,10 @@ class Account:
         """A registry that has lost a layer, until the block ends."""
         blob = self._blob(layer)
         lost = blob.rename(blob.with_name("lost"))
-        yield
-        lost.rename(blob)
+        try:
+            yield
+        finally:
+            lost.rename(blob)
 
     def _blob(self, digest: str) -> Path:
         return self.registry.data / f"docker/registry/v2/blobs/sha256/{digest[7:9]}/{digest[7:]}/data"
@@ -275,8 +275,9 @@ def built(tree: Path, tmp_path_factory: pytest.TempPathFactory, account: Account
 
 def copy_kept(store: Path, other: Path) -> None:
     """What a forge has built, to where another begins with it."""
-    for folder in (folder for pattern in KEPT for folder in store.glob(pattern)):
-        shutil.copytree(folder, other / folder.relative_to(store), dirs_exist_ok=True)
+    for pattern in KEPT:
+        for folder in store.glob(pattern):
+            shutil.copytree(folder, other / folder.relative_to(store), dirs_exist_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)

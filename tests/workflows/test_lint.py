@@ -46,6 +46,35 @@ def steps() -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{file.relative_to(ROOT)}/{number}", step
 
 
+def called(job: dict[str, Any]) -> dict[str, Any]:
+    """The jobs of the workflow of ours that a job calls, by name; none if it calls none."""
+    file = job.get("uses", "")
+    return read(ROOT / file)["jobs"] if file.startswith("./") else {}
+
+
+def test_a_caller_grants_what_the_jobs_it_calls_need() -> None:
+    """Else GitHub refuses the whole run; no executor on this machine looks."""
+    checked = 0
+    for place, job in jobs():
+        for name, inner in called(job).items():
+            checked += 1
+            missing = inner["permissions"].items() - job["permissions"].items()
+            assert not missing, f"{place} does not grant {name} {missing}"
+    assert checked >= 7
+
+
+def test_whoever_fetches_artifacts_of_other_runs_may_read_actions() -> None:
+    fetching = {
+        place
+        for place, job in jobs()
+        for step in job.get("steps", [])
+        if "run-id" in step.get("with", {}) or step.get("uses") == "./.github/actions/built"
+    }
+    assert len(fetching) >= 5
+    for place, job in jobs():
+        assert place not in fetching or job["permissions"].get("actions") == "read", place
+
+
 def test_githubs_schema() -> None:
     schema = BIN / "check-jsonschema"
     require_quiet(schema, "--builtin-schema", "vendor.github-workflows", *WORKFLOWS)

@@ -10,6 +10,8 @@ from pipeline.workflow import find_artifact
 from pipeline.workflow.forge import Repository
 from tests.forge import THEIRS, TOKEN, Forge, artifact, forge_served
 
+MAIN = {"main"}
+
 
 @pytest.fixture
 def forge() -> Iterator[Forge]:
@@ -59,18 +61,21 @@ def test_outside_a_workflow_the_token_is_asked_for(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_newest_artifact_of_a_name_is_found(forge: Forge, repository: Repository) -> None:
-    assert repository.keeper("weights-1") is None
-    forge.artifacts = lambda: [*(artifact("weights-1", run) for run in (3, 5, 4)), artifact("weights-2", 6)]
-    assert repository.keeper("weights-1") == 5
+    assert repository.keeper("weights-1", MAIN) is None
+    forge.artifacts = lambda: [*(artifact("weights-1", run) for run in (3, 500, 4)), artifact("weights-2", 600)]
+    assert repository.keeper("weights-1", MAIN) == 500
 
 
-def test_an_artifact_of_a_fork_or_that_has_expired_is_not_taken(forge: Forge, repository: Repository) -> None:
+def test_what_a_pull_request_has_left_is_not_taken(forge: Forge, repository: Repository) -> None:
     forge.artifacts = lambda: [
         artifact("weights-1", 3),
         artifact("weights-1", 4, expired=True),
         artifact("weights-1", 5, by=THEIRS),
+        artifact("weights-1", 6, branch="robot/newer-action"),
+        {**artifact("weights-1", 7), "workflow_run": None},
     ]
-    assert repository.keeper("weights-1") == 3
+    assert repository.keeper("weights-1", MAIN) == 3
+    assert repository.keeper("weights-1", {*MAIN, "robot/newer-action"}) == 6
 
 
 def test_a_job_that_may_not_read_artifacts_learns_which_permission_it_needs(
@@ -78,20 +83,24 @@ def test_a_job_that_may_not_read_artifacts_learns_which_permission_it_needs(
 ) -> None:
     forge.status = 403
     with pytest.raises(InputError, match="permissions: actions: read"):
-        repository.keeper("weights-1")
+        repository.keeper("weights-1", MAIN)
 
 
 def test_a_step_learns_which_run_keeps_its_artifact(
     forge: Forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in (("API_URL", forge.url), ("REPOSITORY", "oz/emerald"), ("TOKEN", TOKEN)):
+    for name, value in (("API_URL", forge.url), ("REPOSITORY", "oz/emerald"), ("TOKEN", TOKEN), ("REF_NAME", "work")):
         monkeypatch.setenv(f"GITHUB_{name}", value)
     output = tmp_path / "output"
     command = ["weights-1", "--github-output", str(output)]
     assert find_artifact.main(command) == 0
     assert not output.exists()
     assert find_artifact.main([*command, "--required"]) == 2
-    assert "no run keeps weights-1 any longer" in capsys.readouterr().err
-    forge.artifacts = lambda: [artifact("weights-1", 7)]
+    assert "no run keeps weights-1: run the workflow pipeline" in capsys.readouterr().err
+    forge.artifacts = lambda: [
+        artifact("weights-1", 6),
+        artifact("weights-1", 7, branch="work"),
+        artifact("weights-1", 8, branch="other"),
+    ]
     assert find_artifact.main([*command, "--required"]) == 0
     assert output.read_text() == "run=7\n"
