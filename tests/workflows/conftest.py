@@ -231,7 +231,9 @@ def forget_images() -> None:
     engine = docker.from_env()
     for image in engine.images.list(filters={"label": f"{OWN}.model"}):
         engine.images.remove(str(image.id), force=True)
-    shutil.rmtree(Path(engine.info()["DockerRootDir"]) / f"image/{engine.info()['Driver']}/distribution")
+    known = Path(engine.info()["DockerRootDir"]) / f"image/{engine.info()['Driver']}/distribution"
+    if known.exists():  # it is made with the first layer that is pulled or pushed
+        shutil.rmtree(known)
     engine.close()
 
 

@@ -247,7 +247,7 @@ def test_a_deployment_says_what_it_lacks_before_it_builds(fork: Fork) -> None:
     """The rest of it takes an Arm machine and an AWS account."""
     inputs = {"config": "embedded", "stack": "emerald", "repository": "emerald", "url": "iam"}
     for name, value in (("AWS_ROLE", "role"), ("AWS_REGION", "region"), ("EMERALD_API_KEYS", "digest")):
-        assert f"::error::set the variable {name}: see deploy/lambda/README.md" in refused(fork, inputs)
+        assert f"set the variable {name}: see deploy/lambda/README.md" in refused(fork, inputs)
         fork.variables[name] = value
     assert "EMERALD_CPU is native, and Lambda runs aarch64 alone" in refused(fork, inputs)
 
