@@ -1,6 +1,6 @@
 # The image that answers people: python -m pipeline.image build (or make image).
 #
-# Layers go from what changes least to what changes most, so that whoever pulls a new greeting or a mended line of code pulls
+# Layers go from what changes least to what changes most, so that whoever pulls a new answer or a mended line of code pulls
 # megabytes: system, Python packages, weights, embedder, cache, code. The archives are written by pipeline/image/layers.py
 # with fixed dates and owners, and what is installed here is dated back too, so that the same inputs give the same layers
 # on any machine and a registry that has them is sent nothing.
@@ -17,8 +17,8 @@ COPY requirements /setup/requirements
 COPY pipeline/install.py /setup/pipeline/
 ARG SOURCE_DATE_EPOCH=315532800
 # What serving never opens goes: C++ headers, test programs and test suites, half of what PyTorch weighs, and the algebra
-# and graphs that its compiler calculates shapes with. Bytecode is
-# compiled once here, since a read-only root cannot keep it, and trusts its source whatever its date.
+# and graphs that its compiler calculates shapes with. Bytecode is compiled once here, since a read-only root cannot keep
+# it, and trusts its source whatever its date.
 RUN PIP_NO_COMPILE=1 PIP_NO_CACHE_DIR=1 python3 /setup/pipeline/install.py --serving /opt/emerald \
     && cd /opt/emerald/lib/python3*/site-packages \
     && rm -rf torch/include torch/test torch/share torch/lib/*test*.so torch/lib/libbackend_with_compiler.so \

@@ -18,7 +18,7 @@ Described = dict[str, Any]
 
 
 class Forge(ThreadingHTTPServer):
-    """Whatever the repository is called; a `status` other than 200 makes it refuse."""
+    """Whatever the repository is called; a `status` other than 200 makes it refuse, and each of `faults` does once."""
 
     def __init__(self, artifacts: Callable[[], list[Described]], issues: list[Described]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -26,6 +26,7 @@ class Forge(ThreadingHTTPServer):
         self.issues = issues
         self.comments: list[str] = []
         self.status = 200
+        self.faults: list[int] = []
 
     @property
     def url(self) -> str:
@@ -105,6 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _admitted(self) -> bool:
         status = self.server.status if self.headers["Authorization"] == f"Bearer {TOKEN}" else 401
+        if self.server.faults:
+            status = self.server.faults.pop(0)
         if status != 200:
             self._answer({"message": "refused"}, status)
         return status == 200

@@ -77,13 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     parts, settings = options.part or PARTS, {"EMERALD_THREADS": str(options.threads), "EMERALD_RUNNING": str(SLOTS)}
     torch.set_num_threads(options.threads)
+    gguf = (options.gguf or peer_file(options.config)) if "under_load" in parts else None
     found: dict[str, Any] = {
         "machine": {"cpu": family(), "threads": options.threads, "python": platform.python_version()},
-        "versions": {"torch": torch_version(), "llama.cpp": REQUIREMENTS[0] if "under_load" in parts else None},
+        "versions": {"torch": torch_version(), "llama.cpp": REQUIREMENTS[0] if gguf else None},
         "model": model_id(options.build),
     }
     if set(parts) - {"restart_s"}:
-        found |= _of_running(options, parts, settings)
+        found |= _of_running(options, parts, settings, gguf)
     if "restart_s" in parts:
         say("killed under load and started again")
         starts = [_restart(options.build, settings) for _ in range(options.repetitions + 1)][1:]
@@ -91,15 +92,17 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _of_running(options: argparse.Namespace, parts: Sequence[str], settings: Mapping[str, str]) -> dict[str, Any]:
-    """Those parts that ask a server which keeps running."""
+def _of_running(
+    options: argparse.Namespace, parts: Sequence[str], settings: Mapping[str, str], gguf: Path | None
+) -> dict[str, Any]:
+    """Those parts that ask a server which keeps running; `gguf` is what llama.cpp serves beside it, if anything."""
     persona = read_json(options.build / "cache/entries.json", REMEDY)["persona"]["system_prompt"].strip()
     open_ = {"EMERALD_WAITING": str(max(CLIENTS)), "EMERALD_SYSTEM_PROMPT": "true", "EMERALD_CONTEXTS": str(SLOTS)}
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         ours = stack.enter_context(emerald(options.build, {**settings, **open_}))
         servers = {"emerald": ours}
-        if "under_load" in parts and (gguf := options.gguf or peer_file(options.config)):
+        if gguf:
             context = read_json(options.build / "engine/manifest.json", REMEDY)["context"]
             servers["llama.cpp"] = stack.enter_context(
                 llama_server(gguf, threads=options.threads, slots=SLOTS, context=context)

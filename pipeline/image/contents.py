@@ -83,7 +83,7 @@ def read_contents(client: docker.DockerClient, image: Image) -> Contents:
             try:
                 stream, _ = container.get_archive(f"/{HOME}/{name}")
             except NotFound:
-                continue
+                continue  # what an image lacks is named by the check that reads it
             folder = name.rpartition("/")[0]
             with tarfile.open(fileobj=io.BytesIO(b"".join(stream))) as archive:
                 for member in archive.getmembers():

@@ -12,6 +12,9 @@ from model.errors import InputError
 
 SECONDS = 30.0
 """How long GitHub may take to answer."""
+ARTIFACTS = "`permissions: actions: read`"
+ISSUES = "`permissions: issues: write`, and the repository must have issues switched on"
+"""What a job needs for its requests."""
 
 
 class Repository:
@@ -21,7 +24,8 @@ class Repository:
         self._url = f"{url}/repos/{name}"
         self._session = requests.Session()
         again = Retry(total=3, backoff_factor=0.5, status_forcelist=(429, 502, 503, 504), raise_on_status=False)
-        self._session.mount("http", HTTPAdapter(max_retries=again))
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(max_retries=again))
         self._session.headers.update({
             "Accept": "application/vnd.github+json",
             "Authorization": f"Bearer {token}",
@@ -43,7 +47,7 @@ class Repository:
         Pull requests, a fork's and a robot's among them, run here too, and may keep what they like under any name.
         """
         named = {"name": artifact, "per_page": "100"}
-        found = self._call("GET", f"{self._url}/actions/artifacts", "actions: read", params=named)
+        found = self._call("GET", f"{self._url}/actions/artifacts", ARTIFACTS, params=named)
         for kept in sorted(found["artifacts"], key=lambda one: one["created_at"] or "", reverse=True):
             run = kept["workflow_run"]
             ours = run and run["head_repository_id"] == run["repository_id"] and run["head_branch"] in branches
@@ -57,23 +61,23 @@ class Repository:
         The label finds it again: a trouble that lasts a month is one issue, with a comment for every day on which
         something about it changed, and not thirty issues.
         """
-        issues, needs = f"{self._url}/issues", "issues: write"
-        found = self._call("GET", issues, needs, params={"labels": label, "state": "open"})
+        issues = f"{self._url}/issues"
+        found = self._call("GET", issues, ISSUES, params={"labels": label, "state": "open"})
         known = next((issue for issue in found if "pull_request" not in issue), None)
         if trouble is None and known is None:
             return "all is well, and no issue is open"
         if known is None:
-            made = self._call("POST", issues, needs, {"title": title, "body": trouble, "labels": [label]})
+            made = self._call("POST", issues, ISSUES, {"title": title, "body": trouble, "labels": [label]})
             return f"opened {made['html_url']}"
         place = f"{issues}/{known['number']}"
         if trouble is None:
-            self._call("POST", f"{place}/comments", needs, {"body": "All is well again."})
-            self._call("PATCH", place, needs, {"state": "closed", "state_reason": "completed"})
+            self._call("POST", f"{place}/comments", ISSUES, {"body": "All is well again."})
+            self._call("PATCH", place, ISSUES, {"state": "closed", "state_reason": "completed"})
             return f"closed {known['html_url']}"
         if known["body"] == trouble:
             return f"{known['html_url']} says it already"
-        self._call("PATCH", place, needs, {"title": title, "body": trouble})
-        self._call("POST", f"{place}/comments", needs, {"body": trouble})
+        self._call("PATCH", place, ISSUES, {"title": title, "body": trouble})
+        self._call("POST", f"{place}/comments", ISSUES, {"body": trouble})
         return f"renewed {known['html_url']}"
 
     def _call(
@@ -84,10 +88,7 @@ class Repository:
         except requests.RequestException as fault:
             raise InputError(f"GitHub cannot be reached at {url} ({type(fault).__name__}): run again later") from fault
         if answer.status_code in (401, 403, 404, 410):
-            raise InputError(
-                f"GitHub refuses {method} {url} with {answer.status_code}: the job needs `permissions: {needs}`, and "
-                "if that is about issues, the repository must have them switched on"
-            )
+            raise InputError(f"GitHub refuses {method} {url} with {answer.status_code}: the job needs {needs}")
         if not answer.ok:
             raise InputError(f"GitHub answers {method} {url} with {answer.status_code}: run again later")
         return answer.json()

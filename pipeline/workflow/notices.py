@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.artifact import read_manifest
+from model.artifact import MANIFEST, REMEDY, read_json
 from model.errors import InputError
 from pipeline.fingerprint import ROOT
 from pipeline.licences import notices
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     build: Path = parser.parse_args(arguments).build
     try:
         engine = build / "engine"
-        written = notices(engine, read_manifest(engine, "engine"), ROOT / "LICENSE")
+        written = notices(engine, read_json(engine / MANIFEST, REMEDY), ROOT / "LICENSE")
     except InputError as fault:
         say(f"error: {fault}")
         return 2

@@ -73,6 +73,18 @@ def test_an_edited_answer_gets_a_new_image_and_no_new_weights(
     assert large <= account.layers(after).keys()
 
 
+def test_damaged_weights_are_made_and_kept_anew(fork: Fork) -> None:
+    """What an earlier run has kept is not what it wrote."""
+    (kept,) = fork.store.glob("artifacts/*/weights-*")
+    report = kept / "reports/quality.json"
+    report.write_text(report.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    ran = fork.run()
+    ran.require_green()
+    assert re.search(r"\bgate_quality: ", ran.log)
+    assert f"uploaded {kept.name}" in fork.log()
+    assert len(list(fork.store.glob(f"artifacts/*/{kept.name}"))) == 2
+
+
 def edit_an_answer(fork: Fork) -> None:
     here, there = "and we shall begin there.", "and we shall begin there, or a little way before it."
     fork.edit("cache_data/entries/app.yaml", here, there)

@@ -78,6 +78,13 @@ def test_what_a_pull_request_has_left_is_not_taken(forge: Forge, repository: Rep
     assert repository.keeper("weights-1", {*MAIN, "robot/newer-action"}) == 6
 
 
+def test_a_forge_that_stumbles_is_asked_again(forge: Forge, repository: Repository) -> None:
+    forge.artifacts = lambda: [artifact("weights-1", 3)]
+    forge.faults = [502, 503]
+    assert repository.keeper("weights-1", MAIN) == 3
+    assert forge.faults == []
+
+
 def test_a_job_that_may_not_read_artifacts_learns_which_permission_it_needs(
     forge: Forge, repository: Repository
 ) -> None:
