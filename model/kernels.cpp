@@ -1,5 +1,5 @@
-// The two kernels that the compiled programs call: attention over the paged KV cache, on every CPU, and the int4
-// product, on x86-64 (on aarch64 that is KleidiAI's, through ATen).
+// The kernels that the compiled programs call. The model's are attention over the paged KV cache, on every CPU, and the
+// int4 product, on x86-64 (on aarch64 that is KleidiAI's, through ATen); the embedder's is the int8 product.
 //
 // Built at export for the target CPU family and shipped beside the programs. They use the compiler's own vector types.
 // Every token is computed in an order that depends on nothing but itself, so results do not change, not by a bit, with
@@ -7,12 +7,12 @@
 // rounded to 8 bits, and a difference in the seventh digit that tips one of them over changes what follows as much as any
 // rounding does.
 //
-// On x86-64 more holds: every float32 result is the exact one, rounded once. Sums and attention are in double precision.
-// So whoever else rounds once gets the same bits, on any CPU: the eager reference says the same, word for word. KleidiAI
-// adds in single precision; beside it attention need not be more exact.
+// On x86-64 more holds for the model's: every float32 result is the exact one, rounded once. Sums and attention are in
+// double precision. So whoever else rounds once gets the same bits, on any CPU: the eager reference says the same, word
+// for word. KleidiAI adds in single precision; beside it attention need not be more exact.
 //
 // Layouts. Keys of a page: [head dim][16 slots], so that one query element meets 16 slots in one instruction. Values of
-// a page: [16 slots][head dim]. Both bfloat16. Int4: see struct Int4.
+// a page: [16 slots][head dim]. Both bfloat16. Weights: see struct Int4 and struct Int8.
 
 #include <algorithm>
 #include <cmath>
@@ -24,6 +24,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#else
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -102,6 +104,116 @@ public:
     }
 };
 
+// ------------------------------------------------------------------------------------------- products of whole numbers
+
+// 64 bytes of weights, four for each of 16 outputs, and 16 running sums: `add_products` adds to each lane its four weights,
+// -127..127, times four activations, LEAST..LEAST + 255: x86-64 multiplies unsigned by signed bytes.
+#if defined(__AVX2__)
+constexpr float LEAST = 0;
+#else
+constexpr float LEAST = -128;
+#endif
+
+#if defined(__AVX512VNNI__)
+struct Bytes { __m512i all; };
+struct Sums { __m512i all; };
+inline Bytes load_bytes(const uint8_t* from) { return {_mm512_loadu_si512(from)}; }
+inline Sums zero() { return {_mm512_setzero_si512()}; }
+inline Sums add_products(Sums s, Bytes weights, int32_t activations) {
+    // Not the intrinsic, around which gcc 12 copies registers: 7 % of prefill.
+    asm("vpdpbusd %2, %1, %0" : "+v"(s.all) : "v"(_mm512_set1_epi32(activations)), "v"(weights.all));
+    return s;
+}
+#elif defined(__AVX2__)
+struct Bytes { __m256i half[2]; };
+struct Sums { __m256i half[2]; };
+inline Bytes load_bytes(const uint8_t* from) {
+    auto at = reinterpret_cast<const __m256i*>(from);
+    return {{_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)}};
+}
+inline Sums zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+// Two products have to fit the 16 bits between, so one of the factors has 4 bits.
+inline __m256i add_products(__m256i sums, __m256i weights, __m256i activations, int16_t unit) {
+    const __m256i pairs = _mm256_maddubs_epi16(activations, weights);
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(unit)));
+}
+inline Sums add_products(Sums s, Bytes weights, int32_t activations) {
+    const __m256i low = _mm256_set1_epi32(activations & 0x0f0f0f0f), high = _mm256_set1_epi32(activations >> 4 & 0x0f0f0f0f);
+    for (int i = 0; i < 2; i++) {
+        s.half[i] = add_products(s.half[i], weights.half[i], low, 1);
+        s.half[i] = add_products(s.half[i], weights.half[i], high, 16);
+    }
+    return s;
+}
+#else
+struct Bytes { int8x16_t quarter[4]; };
+struct Sums { int32x4_t quarter[4]; };
+inline Bytes load_bytes(const uint8_t* from) {
+    Bytes b;
+    for (int i = 0; i < 4; i++) b.quarter[i] = vreinterpretq_s8_u8(vld1q_u8(from + 16 * i));
+    return b;
+}
+inline Sums zero() { return {}; }
+inline Sums add_products(Sums s, Bytes weights, int32_t activations) {
+    const int8x16_t all = vreinterpretq_s8_s32(vdupq_n_s32(activations));
+    for (int i = 0; i < 4; i++) s.quarter[i] = vdotq_s32(s.quarter[i], weights.quarter[i], all);
+    return s;
+}
+#endif
+
+inline int32_t four(const uint8_t* from) {
+    int32_t bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return bytes;
+}
+
+constexpr struct Partners {  // of each lane, that `step` away
+    int32_t at[FLOATS / 2 + 1][FLOATS] = {};
+    constexpr Partners() {
+        for (int step = 1; step < FLOATS; step *= 2)
+            for (int i = 0; i < FLOATS; i++) at[step][i] = i ^ step;
+    }
+} PARTNERS;
+
+template <class Join>
+inline float fold(Floats lanes, Join join) {
+    for (int step = FLOATS / 2; step > 0; step /= 2)
+        lanes = join(lanes, __builtin_shuffle(lanes, load_as<Vec<int32_t, FLOATS>>(PARTNERS.at[step])));
+    return lanes[0];
+}
+
+// Some activations as KleidiAI's qai8dx does it: x = scale * (value - zero), asymmetric over their own range, zero exact.
+// Products are rounded before they are added to, as in the reference: otherwise ties, and with them whole steps, would
+// fall differently.
+template <class T>
+__attribute__((optimize("fp-contract=off"))) void quantize(const float* x, int64_t count, uint8_t* values, T* scale, T* zero) {
+    const auto less = [](Floats a, Floats b) { return a < b ? a : b; };
+    const auto more = [](Floats a, Floats b) { return a > b ? a : b; };
+    Floats leasts = {}, mosts = {}, faults = {};  // NaN where an activation is NaN or infinite, else 0
+    for (int64_t i = 0; i < count; i += FLOATS) {
+        const Floats here = load_as<Floats>(x + i);
+        faults += here - here;
+        leasts = less(here, leasts);
+        mosts = more(here, mosts);
+    }
+    const float least = fold(leasts, less), most = fold(mosts, more);
+    const float fault = fold(faults, [](Floats a, Floats b) { return a + b; });
+    const float factor = least == most ? 1.0f : 255.0f / (most - least);
+    const float low = least * factor, high = most * factor;
+    const float exact = (low - 128.0f) + (high + 127.0f) > 0 ? -128.0f - low : 127.0f - high;
+    const float point = std::nearbyint(std::min(std::max(exact, -128.0f), 127.0f)) + 128.0f + LEAST;
+    for (int64_t i = 0; i < count; i += FLOATS) {
+        Floats value = load_as<Floats>(x + i) * factor;
+        value = ((value + 12582912.0f) - 12582912.0f) + point;  // 1.5 * 2^23: rounds to nearest, ties to even
+        value = value < LEAST ? Floats{} + LEAST : value;
+        value = value > LEAST + 255.0f ? Floats{} + (LEAST + 255.0f) : value;
+        const auto whole = __builtin_convertvector(value, Vec<int32_t, FLOATS>);
+        *reinterpret_cast<Vec<uint8_t, FLOATS>*>(values + i) = __builtin_convertvector(whole, Vec<uint8_t, FLOATS>);
+    }
+    *scale = T(1) / factor + fault;
+    *zero = point;
+}
+
 // ------------------------------------------------------------------------------------------------------- int4 product
 
 #if defined(__AVX2__)
@@ -136,22 +248,13 @@ struct Int4 {
     }
 };
 
-// 64 bytes of weights, and 16 running sums: `add_products` adds to each lane its four weights times four activations.
-// Whole sums count in units of 1 / WEIGHT_UNIT.
+// Nibbles as bytes, in units of 1 / WEIGHT_UNIT, and so are the sums of their products.
 #if defined(__AVX512VNNI__)
 constexpr int TILE = 8;  // tokens whose sums and totals fill the registers
 constexpr float WEIGHT_UNIT = 16;  // a nibble in the upper half of a byte is a signed byte already, 16 times itself
-struct Bytes { __m512i all; };
-struct Sums { __m512i all; };
-inline Bytes load_bytes(const uint8_t* from) { return {_mm512_loadu_si512(from)}; }
 inline Bytes high(Bytes b) { return {_mm512_and_si512(b.all, _mm512_set1_epi8(-16))}; }
 inline Bytes low(Bytes b) { return high({_mm512_slli_epi16(b.all, 4)}); }
-inline Sums zero() { return {_mm512_setzero_si512()}; }
-inline Sums add_products(Sums s, Bytes weights, int32_t activations) {
-    // Not the intrinsic, around which gcc 12 copies registers: 7 % of prefill.
-    asm("vpdpbusd %2, %1, %0" : "+v"(s.all) : "v"(_mm512_set1_epi32(activations)), "v"(weights.all));
-    return s;
-}
+inline Sums add_nibbles(Sums s, Bytes weights, int32_t activations) { return add_products(s, weights, activations); }
 inline Wide widen(Sums s) {
     return {{_mm512_cvtepi32_pd(_mm512_castsi512_si256(s.all)), _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(s.all, 1))}};
 }
@@ -159,12 +262,6 @@ inline Sums operator+(Sums a, Sums b) { return {_mm512_add_epi32(a.all, b.all)};
 #else
 constexpr int TILE = 4;
 constexpr float WEIGHT_UNIT = 1;
-struct Bytes { __m256i half[2]; };
-struct Sums { __m256i half[2]; };
-inline Bytes load_bytes(const uint8_t* from) {
-    auto at = reinterpret_cast<const __m256i*>(from);
-    return {{_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)}};
-}
 inline __m256i low(__m256i bytes) {
     const __m256i values = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1,  //
                                             0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
@@ -172,14 +269,9 @@ inline __m256i low(__m256i bytes) {
 }
 inline Bytes low(Bytes b) { return {{low(b.half[0]), low(b.half[1])}}; }
 inline Bytes high(Bytes b) { return low({{_mm256_srli_epi16(b.half[0], 4), _mm256_srli_epi16(b.half[1], 4)}}); }
-inline Sums zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
-inline __m256i add_products(__m256i sums, __m256i weights, __m256i activations) {  // 2 * 255 * 8 fits the 16 bits between
-    const __m256i pairs = _mm256_maddubs_epi16(activations, weights);
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-inline Sums add_products(Sums s, Bytes weights, int32_t activations) {
+inline Sums add_nibbles(Sums s, Bytes weights, int32_t activations) {
     const __m256i all = _mm256_set1_epi32(activations);
-    return {{add_products(s.half[0], weights.half[0], all), add_products(s.half[1], weights.half[1], all)}};
+    return {{add_products(s.half[0], weights.half[0], all, 1), add_products(s.half[1], weights.half[1], all, 1)}};
 }
 #if defined(__AVX512F__)
 inline Wide widen(Sums s) { return {_mm512_cvtepi32_pd(s.half[0]), _mm512_cvtepi32_pd(s.half[1])}; }
@@ -194,53 +286,13 @@ inline Sums operator+(Sums a, Sums b) {
 }
 #endif
 
-// Activations of some tokens in 8 bits: x = scale * (value - zero).
+// Activations of some tokens, each token's quantized together.
 struct Quantized {
     const uint8_t* values;  // [tokens][inputs]
     const double *scale, *zero;
 
     Quantized from(int64_t token, const Int4& w) const { return {values + token * w.inputs, scale + token, zero + token}; }
 };
-
-// One token, as KleidiAI's qai8dx does it: asymmetric over the token's own range, zero exact; its values are signed, ours
-// 128 more. Products are rounded before they are added to, as in the reference: otherwise ties, and with them whole steps,
-// would fall differently.
-__attribute__((optimize("fp-contract=off"))) void quantize(const float* x, const Int4& w, uint8_t* values, double* scale,
-                                                           double* zero) {
-    Floats leasts = {}, mosts = {}, faults = {};  // NaN where an activation is NaN or infinite, else 0
-    for (int64_t i = 0; i < w.inputs; i += FLOATS) {
-        const Floats here = load_as<Floats>(x + i);
-        faults += here - here;
-        leasts = here < leasts ? here : leasts;
-        mosts = here > mosts ? here : mosts;
-    }
-    float least = 0, most = 0, fault = 0;
-    for (int i = 0; i < FLOATS; i++) {
-        fault += faults[i];
-        least = std::min(least, leasts[i]);
-        most = std::max(most, mosts[i]);
-    }
-    const float factor = least == most ? 1.0f : 255.0f / (most - least);
-    const float low = least * factor, high = most * factor;
-    const float exact = (low - 128.0f) + (high + 127.0f) > 0 ? -128.0f - low : 127.0f - high;
-    const float point = std::nearbyint(std::min(std::max(exact, -128.0f), 127.0f)) + 128.0f;
-    for (int64_t i = 0; i < w.inputs; i += FLOATS) {
-        Floats value = load_as<Floats>(x + i) * factor;
-        value = ((value + 12582912.0f) - 12582912.0f) + point;  // 1.5 * 2^23: rounds to nearest, ties to even
-        value = value < 0.0f ? Floats{} : value;
-        value = value > 255.0f ? Floats{} + 255.0f : value;
-        const auto whole = __builtin_convertvector(value, Vec<int32_t, FLOATS>);
-        *reinterpret_cast<Vec<uint8_t, FLOATS>*>(values + i) = __builtin_convertvector(whole, Vec<uint8_t, FLOATS>);
-    }
-    *scale = 1.0 / factor + fault;
-    *zero = point;
-}
-
-inline int32_t four(const uint8_t* from) {
-    int32_t bytes;
-    std::memcpy(&bytes, from, sizeof bytes);
-    return bytes;
-}
 
 // A block of outputs for M tokens. Two sums each where tokens are few, because one would wait for itself.
 template <int M>
@@ -256,9 +308,9 @@ void tile(const Int4& w, int64_t block, Quantized x, float* y) {
             const Bytes both = load_bytes(bytes);
             const uint8_t* values = x.values + i;
             for (int m = 0; m < M; m++)
-                sums[0][m] = add_products(sums[0][m], low(both), four(values + m * w.inputs));
+                sums[0][m] = add_nibbles(sums[0][m], low(both), four(values + m * w.inputs));
             for (int m = 0; m < M; m++)
-                sums[WAYS - 1][m] = add_products(sums[WAYS - 1][m], high(both), four(values + m * w.inputs + 4));
+                sums[WAYS - 1][m] = add_nibbles(sums[WAYS - 1][m], high(both), four(values + m * w.inputs + 4));
         }
         Reals scale[PARTS];
         for (int part = 0; part < PARTS; part++) scale[part] = w.scale(block, g, part);
@@ -297,13 +349,85 @@ void int4_linear(const float* x, const uint8_t* packed, int64_t tokens, int64_t 
     uint8_t* values = values_of.of(tokens * inputs);
     double *scale = scales_of.of(2 * tokens), *zero = scale + tokens;
 #pragma omp parallel for if (tokens * inputs > 8000)
-    for (int64_t t = 0; t < tokens; t++) quantize(x + t * inputs, w, values + t * inputs, scale + t, zero + t);
+    for (int64_t t = 0; t < tokens; t++) quantize(x + t * inputs, inputs, values + t * inputs, scale + t, zero + t);
     const Quantized quantized{values, scale, zero};
 #pragma omp parallel for
     for (int64_t block = 0; block < w.blocks; block++) tiles<TILE>(w, block, quantized, 0, tokens, y);
 }
 
 #endif
+
+// ------------------------------------------------------------------------------------------------------- int8 product
+
+constexpr int GROUP = 64;  // inputs that share a scale, of weights and of activations
+#if defined(__AVX512VNNI__)
+constexpr int MOST_TOKENS = 12;  // whose sums and totals fill the registers
+#else
+constexpr int MOST_TOKENS = 4;
+#endif
+
+constexpr int AHEAD = 6;  // groups to fetch before they are needed: a tenth to a sixth of a dozen tokens' products
+
+// A group of inputs of 16 outputs, w = scale * value. A packed weight is [blocks of outputs][groups] of these.
+struct Int8 {
+    uint8_t values[GROUP / 4][LANES][4];
+    float scale[LANES], sum[LANES];  // of each output's values
+};
+
+// A block of outputs for M tokens: values [M][inputs], scale and zero [M][groups], y [M][outputs]. Whole numbers of a group
+// have 24 bits at most, so single precision is exact up to the scales.
+template <int M>
+void tile(const Int8* w, int64_t groups, const uint8_t* values, const float* scale, const float* zero, float* y,
+          int64_t outputs, int64_t count) {
+    constexpr int REGISTERS = LANES / FLOATS;
+    Floats total[M][REGISTERS] = {};
+    for (int64_t g = 0; g < groups; g++, w++) {
+        Sums sums[M];
+        for (auto& sum : sums) sum = ::zero();
+        for (int i = 0; i < GROUP / 4; i++) {
+            const Bytes weights = load_bytes(w->values[i][0]);
+            __builtin_prefetch(w[AHEAD].values[i][0]);
+            for (int m = 0; m < M; m++)
+                sums[m] = add_products(sums[m], weights, four(values + (m * groups + g) * GROUP + 4 * i));
+        }
+        for (int m = 0; m < M; m++) {
+            const float scale_m = scale[m * groups + g], zero_m = zero[m * groups + g];
+            Vec<int32_t, FLOATS> whole[REGISTERS];
+            std::memcpy(whole, sums + m, sizeof whole);
+            for (int r = 0; r < REGISTERS; r++) {
+                const Floats sum = load_as<Floats>(w->sum + r * FLOATS), unit = load_as<Floats>(w->scale + r * FLOATS);
+                total[m][r] += (__builtin_convertvector(whole[r], Floats) - zero_m * sum) * (scale_m * unit);
+            }
+        }
+    }
+    for (int m = 0; m < M; m++) std::memcpy(y + m * outputs, total[m], count * sizeof(float));
+}
+
+template <int... M>
+void tile(int64_t tokens, std::integer_sequence<int, M...>, const Int8* w, int64_t groups, const uint8_t* values,
+          const float* scale, const float* zero, float* y, int64_t outputs, int64_t count) {
+    ((tokens == M + 1 ? tile<M + 1>(w, groups, values, scale, zero, y, outputs, count) : void()), ...);
+}
+
+// On the calling thread alone: a question has some ten tokens, and the model beside it wants the other cores.
+void int8_linear(const float* x, const uint8_t* packed, int64_t tokens, int64_t inputs, int64_t outputs, float* y) {
+    static thread_local Scratch<uint8_t> values_of;
+    static thread_local Scratch<float> scales_of;
+    const int64_t groups = inputs / GROUP, tiles = (tokens + MOST_TOKENS - 1) / MOST_TOKENS;
+    uint8_t* values = values_of.of(tokens * inputs);
+    float *scale = scales_of.of(2 * tokens * groups), *zero = scale + tokens * groups;
+    for (int64_t g = 0; g < tokens * groups; g++) quantize(x + g * GROUP, GROUP, values + g * GROUP, scale + g, zero + g);
+    const Int8* w = reinterpret_cast<const Int8*>(packed);
+    for (int64_t output = 0; output < outputs; output += LANES, w += groups) {
+        const int64_t count = std::min<int64_t>(LANES, outputs - output);
+        for (int64_t tile_at = 0, from = 0; tile_at < tiles; tile_at++) {
+            const int64_t size = (tokens - from + tiles - tile_at - 1) / (tiles - tile_at);  // as even as they divide
+            tile(size, std::make_integer_sequence<int, MOST_TOKENS>(), w, groups, values + from * inputs,
+                 scale + from * groups, zero + from * groups, y + from * outputs + output, outputs, count);
+            from += size;
+        }
+    }
+}
 
 // ---------------------------------------------------------------------------------------------------------- attention
 
@@ -533,6 +657,17 @@ int32_t aoti_torch_cpu_int4_linear(Handle x, Handle packed, int64_t group, int64
     return 0;
 }
 #endif
+
+void emerald_int8_linear(const float* x, const uint8_t* packed, int64_t tokens, int64_t inputs, int64_t outputs, float* y) {
+    int8_linear(x, packed, tokens, inputs, outputs, y);
+}
+
+int32_t aoti_torch_cpu_int8_linear(Handle x, Handle packed, int64_t outputs, Handle* y) {
+    const int64_t tokens = size(x, 0);
+    *y = new_matrix(tokens, outputs);
+    int8_linear(data<float>(x), data<uint8_t>(packed), tokens, size(x, 1), outputs, data<float>(*y));
+    return 0;
+}
 
 void emerald_paged_attention(const float* qkv, const float* rotary, const int64_t* positions, const int64_t* rows,
                              const int32_t* tables, uint16_t* keys, uint16_t* values, int64_t tokens, int64_t heads,

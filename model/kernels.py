@@ -1,4 +1,4 @@
-"""Builds, loads and declares the native kernels of `kernels.cpp`: the int4 product and paged attention.
+"""Builds, loads and declares the native kernels of `kernels.cpp`: the products in int4 and int8, and paged attention.
 
 The compiled programs call them as C functions. Here they are also torch operators, `torch.ops.emerald.int4_linear` and
 `.paged_attention`, so that `torch.export` can trace them and tests can call them.
@@ -26,6 +26,7 @@ KERNELS = "kernels.so"
 """The name beside the programs."""
 SHIMS = {
     "int4_linear": "AtenTensorHandle, AtenTensorHandle, int64_t, int64_t, int64_t, AtenTensorHandle*",
+    "int8_linear": "AtenTensorHandle, AtenTensorHandle, int64_t, AtenTensorHandle*",
     "paged_attention": ", ".join(["AtenTensorHandle"] * 7 + ["AtenTensorHandle*"]),
 }
 """C parameters of each kernel: the operator's arguments, then the result."""
@@ -87,6 +88,13 @@ def _int4_linear(x_TI: Tensor, packed: Tensor, group: int, inputs: int, outputs:
     return y_TO
 
 
+def _int8_linear(x_TI: Tensor, packed: Tensor, outputs: int) -> Tensor:
+    assert x_TI.dtype == torch.float32, x_TI.dtype
+    x_TI, y_TO = x_TI.contiguous(), x_TI.new_empty(x_TI.shape[0], outputs)
+    call(ctypes.CDLL(None), "emerald_int8_linear", x_TI, packed, *x_TI.shape, outputs, y_TO)
+    return y_TO
+
+
 def _paged_attention(
     qkv: Tensor, rotary: Tensor, positions: Tensor, rows: Tensor, tables: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
@@ -112,6 +120,7 @@ def call(library: ctypes.CDLL, name: str, *arguments: Tensor | int | None) -> No
 
 OPERATORS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "int4_linear": ("(Tensor x_TI, Tensor packed, int group, int inputs, int outputs) -> Tensor", _int4_linear),
+    "int8_linear": ("(Tensor x_TI, Tensor packed, int outputs) -> Tensor", _int8_linear),
     "paged_attention": (
         "(Tensor qkv, Tensor rotary, Tensor positions, Tensor rows, Tensor tables, Tensor(a!) keys, Tensor(b!) values)"
         " -> Tensor",
@@ -120,6 +129,7 @@ OPERATORS: dict[str, tuple[str, Callable[..., Tensor]]] = {
 }
 SHAPES: dict[str, Callable[..., Tensor]] = {
     "int4_linear": lambda x_TI, packed, group, inputs, outputs: x_TI.new_empty(x_TI.shape[0], outputs),
+    "int8_linear": lambda x_TI, packed, outputs: x_TI.new_empty(x_TI.shape[0], outputs),
     "paged_attention": lambda qkv, rotary, positions, rows, tables, keys, values: qkv.new_empty(
         qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[2]
     ),

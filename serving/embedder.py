@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from model.artifact import manifest_digest, read_manifest
 from model.errors import InputError
+from model.kernels import load as load_kernels
 from model.program import Program, check_origin, load_program
 
 Vector = NDArray[np.float32]
@@ -58,4 +59,5 @@ class Embedder:
         tokenizer = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        load_kernels(self._folder)
         return _Loaded(tokenizer, load_program(self._folder / "program.so"), manifest["longest_tokens"])

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model import int8_linear
 from model.cpu import COMPILER_FLAGS, family, runs
 from model.errors import InputError
 from model.int4_linear import Int4, kernel, pack, quantize_activations
@@ -47,6 +48,13 @@ class Native:
         self._call("emerald_int4_linear", x_TI, weight.packed, *sizes, y)
         assert y[-64:].isnan().all()
         return y[:-64].view(-1, rows)
+
+    def int8_linear(self, x_TI: Tensor, packed: Tensor, outputs: int) -> Tensor:
+        """The product; what lies behind the result stays as it was."""
+        y = torch.full((x_TI.shape[0] * outputs + 64,), torch.nan)
+        self._call("emerald_int8_linear", x_TI, packed, *x_TI.shape, outputs, y)
+        assert y[-64:].isnan().all()
+        return y[:-64].view(-1, outputs)
 
     def paged_attention(self, qkv: Tensor, place: Place, cache: KVCache) -> Tensor:
         """The result [T, N*H]; writes keys and values to the cache."""
@@ -266,6 +274,93 @@ def test_product_does_not_depend_on_threads(tokens: int, native: Native, set_thr
 def test_families_agree_on_the_product(group: int | None, natives: dict[str, Native]) -> None:
     matrix, x_TI = random_matrix(37, 576, group), random(MOST_TOKENS, 576, seed=1)
     first, *others = (native.int4_linear(x_TI, matrix.packed) for native in natives.values())
+    for other in others:
+        assert torch.equal(other, first)
+
+
+# -------------------------------------------------------------------------------------------------------- int8 product
+
+INT8_SHAPES = [(48, 128), (37, 384), (100, 1536), (1, 64)]
+
+
+class Int8Matrix(NamedTuple):
+    """A packed weight and the matrix that it stands for."""
+
+    packed: Tensor
+    meaning: NDArray[np.float64]
+
+    @property
+    def outputs(self) -> int:
+        return len(self.meaning)
+
+    def product(self, x_TI: Tensor) -> NDArray[np.float64]:
+        """By the naive activations, those of each group by themselves."""
+        groups = x_TI.numpy().reshape(-1, int8_linear.GROUP)
+        exact = np.stack([qai8dx(group).exact for group in groups]).reshape(x_TI.shape)
+        return exact @ self.meaning.T
+
+
+def int8_matrix(outputs: int, inputs: int, seed: int = 0) -> Int8Matrix:
+    """Values and scales that quantization gives back: a value at the end of each group's range, scales in bf16."""
+    generator = torch.Generator().manual_seed(seed)
+    values_OGE = torch.randint(-119, 120, (outputs, inputs // 64, 64), generator=generator)
+    values_OGE[:, :, 5] = 119
+    scales_OG = (torch.rand(outputs, inputs // 64, generator=generator) + 0.1).bfloat16().float()
+    weight_OI = (values_OGE * scales_OG[:, :, None]).flatten(1)
+    return Int8Matrix(int8_linear.pack("w", weight_OI), weight_OI.double().numpy())
+
+
+def assert_near(y_TO: Tensor, expected: NDArray[np.float64]) -> None:
+    """Whole numbers are exact, so only the sum over groups is rounded, and what it is multiplied by."""
+    assert np.abs(y_TO.numpy() - expected).max() <= 5e-7 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), INT8_SHAPES)
+def test_int8_product_is_that_of_the_quantized_values(outputs: int, inputs: int, native: Native) -> None:
+    """Of up to 40 tokens, each for itself: a token's bits do not depend on how many are in the call."""
+    matrix, x_TI = int8_matrix(outputs, inputs), random(MOST_TOKENS, inputs, seed=1)
+    whole = native.int8_linear(x_TI, matrix.packed, outputs)
+    assert_near(whole, matrix.product(x_TI))
+    for tokens in range(1, MOST_TOKENS):
+        first = MOST_TOKENS - tokens
+        assert torch.equal(native.int8_linear(x_TI[:tokens], matrix.packed, outputs), whole[:tokens]), tokens
+        assert torch.equal(native.int8_linear(x_TI[first:], matrix.packed, outputs), whole[first:]), tokens
+
+
+@each_activations
+def test_int8_product_of_every_range_of_activations(x_TI: Tensor, native: Native) -> None:
+    matrix = int8_matrix(37, 128)
+    y_TO = native.int8_linear(x_TI, matrix.packed, matrix.outputs)
+    expected = matrix.product(x_TI)
+    assert np.isfinite(expected).all()
+    assert (np.abs(y_TO.numpy() - expected) <= 1e-6 * np.abs(expected).max(axis=1, keepdims=True)).all()
+
+
+def test_int8_product_of_the_largest_sums(native: Native) -> None:
+    """All weights and all activations at one end or the other: nothing may wrap or saturate."""
+    weight_OI = torch.full((16, 1536), 119.0)
+    weight_OI[1::2] = -119
+    matrix = Int8Matrix(int8_linear.pack("w", weight_OI), weight_OI.double().numpy())
+    x_TI = torch.tensor([1.0, -1.0])[:, None].expand(2, 1536).contiguous()
+    assert_near(native.int8_linear(x_TI, matrix.packed, 16), matrix.product(x_TI))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_int8_product_shows_what_is_not_finite(bad: float, native: Native) -> None:
+    matrix, x_TI = int8_matrix(37, 128), random(5, 128)
+    good = native.int8_linear(x_TI, matrix.packed, 37)
+    for at in (0, 77, 127):
+        x_TI[3] = random(128)
+        x_TI[3, at] = bad
+        y_TO = native.int8_linear(x_TI, matrix.packed, 37)
+        assert not y_TO[3].isfinite().any()
+        assert torch.equal(y_TO[:3], good[:3])
+        assert torch.equal(y_TO[4:], good[4:])
+
+
+def test_families_agree_on_the_int8_product(natives: dict[str, Native]) -> None:
+    matrix, x_TI = int8_matrix(37, 384), random(MOST_TOKENS, 384, seed=1)
+    first, *others = (native.int8_linear(x_TI, matrix.packed, 37) for native in natives.values())
     for other in others:
         assert torch.equal(other, first)
 
@@ -560,6 +655,13 @@ def test_int4_operator_is_the_kernel(natives: dict[str, Native]) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
+def test_int8_operator_is_the_kernel(natives: dict[str, Native]) -> None:
+    matrix, x_TI = int8_matrix(37, 128), random(5, 128)
+    found = int8_linear.linear(x_TI.T.contiguous().T, matrix.packed, 37)
+    assert torch.equal(found, natives[family()].int8_linear(x_TI, matrix.packed, 37))
+
+
+@pytest.mark.usefixtures("kernels")
 def test_operators_declare_what_they_do() -> None:
     """Of what shape the result is, and which arguments they write to: what `torch.export` goes by."""
     tests = ("test_schema", "test_faketensor")
@@ -567,6 +669,8 @@ def test_operators_declare_what_they_do() -> None:
     place = Place(all_of.rotary, torch.arange(37, 67), torch.zeros(30, dtype=torch.int64), all_of.tables)
     attention = torch.ops.emerald.paged_attention.default
     torch.library.opcheck(attention, (all_of.qkv[0], *place, *all_of.cache), test_utils=tests)
+    product = (random(5, 128), int8_matrix(37, 128).packed, 37)
+    torch.library.opcheck(torch.ops.emerald.int8_linear.default, product, test_utils=tests)
     if kernel() == "blocks":
         weight = random_matrix(37, 128, 32).packed
         arguments = (random(5, 128), weight.packed, 32, 128, 37)
