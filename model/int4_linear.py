@@ -1,4 +1,4 @@
-"""One matrix product, `y = x @ w.T`, and the packed bytes that its kernel reads.
+"""The model's matrix product, `y = x @ w.T` in 4 bits, and the packed bytes that its kernel reads.
 
 Decode reads every weight once per token, so the bytes of this layout set the tokens per second. On aarch64 the kernel
 is KleidiAI's, which torch reaches through `_dyn_quant_matmul_4bit`; on x86-64 it is `kernels.cpp`. Both take

@@ -6,9 +6,8 @@
 
 The embedder is exported on the emulated CPU from the very weights in build/embedded/trained, and embeds the questions
 of `validation/cert`, those nearest to the threshold first, a line each: wherever it is stopped, the comparison says how
-far from the threshold all others are, and how far scores move. Neoverse N1 takes half an hour for all of them; "max"
-has bf16, whose products QEMU computes in software, and takes most of a minute for each. The comparison lays the vectors
-in this machine's index; flips are named by file and line, since the questions are sealed.
+far from the threshold all others are, and how far scores move. The comparison lays the vectors in this machine's index;
+flips are named by file and line, since the questions are sealed.
 """
 
 import json

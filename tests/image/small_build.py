@@ -26,7 +26,7 @@ from tests.conftest import ROOT
 
 DATA = ROOT / "cache_data"
 ENTRIES, PHRASINGS, CONTRAST = 1, 8, 1
-"""As few as the schema allows: emulated, products in bf16 make a text take most of a minute."""
+"""As few as the schema allows: each of their texts is embedded on the emulated CPU."""
 
 
 def main(made: Path) -> None:
