@@ -35,7 +35,7 @@ def test_vectors_are_near_those_of_sentence_transformers(
     expected = trained(embedded_build).encode(texts, normalize_embeddings=True)
     cosines = [float(vector @ embedder.embed(text)) for text, vector in zip(texts, expected, strict=True)]
     assert np.mean(cosines) > 0.9997
-    assert min(cosines) > 0.999
+    assert min(cosines) > 0.998
 
 
 def test_vectors_are_those_of_the_quantized_network(embedded_build: Path, texts: list[str], embedder: Embedder) -> None:
