@@ -643,6 +643,8 @@ Handle new_matrix(int64_t rows, int64_t columns) {
 
 extern "C" {
 
+extern const char emerald_kernels[] = EMERALD_KERNELS;  // which version of this file: its SHA-256
+
 // With plain pointers, for Python's ctypes.
 #if defined(__AVX2__)
 void emerald_int4_linear(const float* x, const uint8_t* packed, int64_t tokens, int64_t group, int64_t inputs,

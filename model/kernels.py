@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.artifact import file_digest
 from model.cpu import COMPILER_FLAGS
 from model.errors import InputError
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 KERNELS = "kernels.so"
 """The name beside the programs."""
+REMEDY = 'run "python -m pipeline run export export_embedder"'
 SHIMS = {
     "int4_linear": "AtenTensorHandle, AtenTensorHandle, int64_t, int64_t, int64_t, AtenTensorHandle*",
     "int8_linear": "AtenTensorHandle, AtenTensorHandle, int64_t, AtenTensorHandle*",
@@ -35,14 +37,15 @@ SHIMS = {
 def build(family: str, folder: Path) -> None:
     """Compiles `kernels.so` for a CPU family into `folder`. Needs g++."""
     torch_libraries = Path(torch.__file__).parent / "lib"  # already in the process when the kernels are loaded
-    compile_library(SOURCE, family, folder / KERNELS, f"-L{torch_libraries}", "-ltorch_cpu")
+    version = f'-DEMERALD_KERNELS="{file_digest(SOURCE)}"'
+    compile_library(SOURCE, family, folder / KERNELS, version, f"-L{torch_libraries}", "-ltorch_cpu")
 
 
-def compile_library(source: Path, family: str, library: Path, *link: str) -> None:
+def compile_library(source: Path, family: str, library: Path, *options: str) -> None:
     """Compiles a C++ file for a CPU family. Needs g++."""
     flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"]
     quiet = ["-fno-trapping-math", "-Wno-psabi"]
-    command = [compiler(), *flags, *quiet, *compiler_flags(family), str(source), *link, "-o", str(library)]
+    command = [compiler(), *flags, *quiet, *compiler_flags(family), str(source), *options, "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -64,8 +67,21 @@ def compiler_flags(family: str) -> tuple[str, ...]:
 
 
 def load(folder: Path) -> None:
-    """Makes a folder's kernels the ones that this process's programs and operators call; the first loaded stay."""
-    ctypes.CDLL(str(folder / KERNELS), mode=ctypes.RTLD_GLOBAL)
+    """Makes a folder's kernels the ones that this process's programs and operators call.
+
+    The first loaded stay: raises InputError for a folder whose kernels are of another source than those.
+    """
+    names = (str(folder / KERNELS), None)
+    try:
+        own, called = (_version(ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)) for name in names)
+    except (OSError, ValueError) as fault:
+        raise InputError(f"{folder}: {fault}: {REMEDY}") from fault
+    if own != called:
+        raise InputError(f"{folder}: its kernels are of another version than those this process has loaded: {REMEDY}")
+
+
+def _version(library: ctypes.CDLL) -> str:
+    return (ctypes.c_char * 64).in_dll(library, "emerald_kernels").value.decode()
 
 
 @cache

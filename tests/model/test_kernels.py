@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model import int8_linear
+from model import int8_linear, kernels
 from model.cpu import COMPILER_FLAGS, family, runs
 from model.errors import InputError
 from model.int4_linear import Int4, kernel, pack, quantize_activations
@@ -675,6 +675,25 @@ def test_operators_declare_what_they_do() -> None:
         weight = random_matrix(37, 128, 32).packed
         arguments = (random(5, 128), weight.packed, 32, 128, 37)
         torch.library.opcheck(torch.ops.emerald.int4_linear.default, arguments, test_utils=tests)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_kernels_of_another_version_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another folder's programs call would be the first one's, silently."""
+    other = tmp_path / "kernels.cpp"
+    other.write_text(kernels.SOURCE.read_text() + "// changed\n")
+    monkeypatch.setattr(kernels, "SOURCE", other)
+    build(family(), tmp_path)
+    with pytest.raises(InputError, match=f"{tmp_path}: its kernels are of another version .* run export export_embed"):
+        kernels.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x7fELF"], ids=["missing", "empty", "cut short"])
+def test_kernels_that_are_no_library_are_named(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / KERNELS).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{tmp_path}: .*{KERNELS}.*: run .* export export_embedder"):
+        kernels.load(tmp_path)
 
 
 def test_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
