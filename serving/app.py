@@ -47,9 +47,15 @@ LOG = logging.getLogger("emerald.requests")
 WEB = Path(__file__).parent / "web"
 SEND_SECONDS = 30.0
 """How long beyond its reply's time a client may take to read it."""
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": kind.replace("_", " ")} for status, kind in ERROR_TYPES.items()
+SCHEMAS = "#/components/schemas/"
+ERRORS = {
+    str(status): {
+        "description": kind.replace("_", " "),
+        "content": {"application/json": {"schema": {"$ref": f"{SCHEMAS}ErrorBody"}}},
+    }
+    for status, kind in ERROR_TYPES.items()
 }
+"""What every operation may answer, as OpenAPI has it."""
 EVENT = {
     "type": "object",
     "description": "One of the stream's events: a chunk of the completion as JSON; the last one is [DONE].",
@@ -77,14 +83,13 @@ def create_app(settings: Settings, service: Service) -> FastAPI:
         yield
         await asyncio.to_thread(service.close)
 
-    app = FastAPI(
+    app = Application(
         title="Emerald",
         description="A storyteller with ready answers, certified, and an int4 Llama.",
         version="0.1.0",
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        responses=ERRORS,
     )
 
     @app.get("/health/live")
@@ -167,9 +172,6 @@ def create_app(settings: Settings, service: Service) -> FastAPI:
     app.mount("/web", PageFiles(directory=WEB))
     app.mount("/swagger", StaticFiles(directory=swagger_ui_path))
     _add_handlers(app, metrics)
-    for route in app.openapi()["paths"].values():  # kept by the application
-        for operation in route.values():
-            operation["responses"].pop("422", None)  # FastAPI's own, which never leaves this server
     app.add_middleware(Door, settings=settings, digests=settings.key_digests)
     if settings.origins:
         app.add_middleware(
@@ -180,6 +182,22 @@ def create_app(settings: Settings, service: Service) -> FastAPI:
             expose_headers=["Retry-After", *EXPOSED],
         )
     return app
+
+
+class Application(FastAPI):
+    """FastAPI, with one description of errors for all operations, and made when it is asked for: it takes a while."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI description."""
+        if self.openapi_schema is None:
+            schema = super().openapi()
+            error = ErrorBody.model_json_schema(ref_template=f"{SCHEMAS}{{model}}")
+            schema["components"]["schemas"] |= {**error.pop("$defs"), "ErrorBody": error}
+            for operation in (operation for route in schema["paths"].values() for operation in route.values()):
+                operation["responses"].pop("422", None)  # FastAPI's own, which never leaves this server
+                operation["responses"] |= ERRORS
+        assert self.openapi_schema is not None
+        return self.openapi_schema
 
 
 class Calls:
