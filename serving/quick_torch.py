@@ -1,4 +1,4 @@
-"""`import torch` in a third of its time. To be imported before whatever else imports it.
+"""`import torch` in less than half of its time. To be imported before whatever else imports it.
 
 The rest goes to what traces, compiles, quantizes and trains, and to Python's collector, which looks again and again
 through objects that all stay. Where compiled programs are served none of it is needed, so it is left out: torch finds
