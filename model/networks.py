@@ -5,7 +5,7 @@ or int8) and `NAME.scales`, for each norm the tensor itself. The head is always 
 the checkpoint ties it to the embedding, because the two may have different widths.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,9 +169,12 @@ def layer_names(layer: int) -> dict[str, list[str]]:
     return {field: [f"{prefix}{part}.weight" for part in names] for field, names in parts.items()}
 
 
-def packed_weights(folder: Int4Folder, packing: Packing) -> Iterator[tuple[str, Weight | Tensor]]:
+def packed_weights(
+    folder: Int4Folder, packing: Packing, layers: Iterable[int] | None = None
+) -> Iterator[tuple[str, Weight | Tensor]]:
     """The engine's weights by name, `layers.3.qkv` and so on, one matrix in memory at a time.
 
+    `layers` are all layers' numbers, through something that shows progress, if wanted.
     A tied embedding is left out if the head holds the same rows: they are read from there.
     """
     embedding, head = folder.matrix(EMBEDDING), folder.matrix(HEAD)
@@ -180,7 +183,7 @@ def packed_weights(folder: Int4Folder, packing: Packing) -> Iterator[tuple[str, 
     yield "head", _packed(head, packing)
     yield "norm", folder.tensor(NORM).float()
     del embedding, head
-    for layer in range(folder.architecture.layers):
+    for layer in range(folder.architecture.layers) if layers is None else layers:
         for field, names in layer_names(layer).items():
             if field.endswith("norm"):
                 yield f"layers.{layer}.{field}", folder.tensor(names[0]).float()

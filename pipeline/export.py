@@ -34,7 +34,7 @@ def run(config: ExportConfig, int4: Path, engine: Path) -> None:
     forms: dict[str, Form] = {}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, weight in track(packed_weights(folder, kernel()), "packing"):
+        for name, weight in packed_weights(folder, kernel(), track(range(arch.layers), "packing, layer")):
             if isinstance(weight, Tensor):
                 yield name, weight
             else:

@@ -19,7 +19,7 @@ APACHE = "Apache-2.0"
 LLAMA = re.compile(r"llama3\.([1-9])")
 CHANGES = (
     "Changes: the weights were quantized, packed for a CPU's matrix kernels and compiled into programs by Emerald; "
-    "MODEL_CARD.md has the particulars."
+    "manifest.json beside the weights has the particulars."
 )
 
 

@@ -6,6 +6,7 @@ stand-ins in its place, and says so where one is used. Who compiles in a process
 """
 
 import gc
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -67,6 +68,7 @@ class _StandIns:
 
 
 if "torch" not in sys.modules:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's would be one more for each core, and spin for a while
     gc.disable()
     sys.meta_path.insert(0, _StandIns)
     import torch

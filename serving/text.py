@@ -1,6 +1,9 @@
 """The forms in which texts are compared: as guards read them, and as exact matches know them."""
 
+import re
 import unicodedata
+
+ALPHANUMERIC = re.compile(r"[^\W_]+")
 
 
 def lowered(text: str) -> str:
@@ -11,4 +14,4 @@ def lowered(text: str) -> str:
 def normalise(text: str) -> str:
     """The form in which two texts are exactly the same question: case, punctuation and spacing do not count."""
     folded = lowered(unicodedata.normalize("NFKC", text)).replace("'", "")
-    return " ".join("".join(letter if letter.isalnum() else " " for letter in folded).split())
+    return " ".join(ALPHANUMERIC.findall(folded))

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model.artifact import write_manifest
 from model.errors import InputError
@@ -167,3 +170,9 @@ def test_normalise_keeps_words_and_drops_the_rest() -> None:
     assert normalise("  WHO's the “Wizard”,\tplease?! ") == "whos the wizard please"
     assert normalise("\N{FULLWIDTH LATIN SMALL LETTER W}ho") == "who"
     assert normalise("not") != normalise("knot")
+
+
+@given(st.text())
+def test_normalise_keeps_every_letter_and_digit_there_is(text: str) -> None:
+    folded = lowered(unicodedata.normalize("NFKC", text))
+    assert normalise(text).replace(" ", "") == "".join(letter for letter in folded if letter.isalnum())

@@ -7,7 +7,7 @@ import pytest
 
 from model.engine import Piece
 from model.sampling import Sampling, TokenLogprob
-from serving.app import Inbox
+from serving.calls import Inbox
 from serving.completion import TextCompletion
 from serving.energy import EnergyModel
 from serving.scheduler import Ticket

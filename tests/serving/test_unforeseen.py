@@ -7,7 +7,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from model.sampling import Sampling
-from serving.app import Call, create_app
+from serving.app import create_app
+from serving.calls import Call
 from serving.completion import Completion
 from serving.energy import EnergyModel
 from serving.scheduler import Ticket
