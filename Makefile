@@ -47,8 +47,9 @@ test-image-arm64: setup ## the same image on emulated Arm: built, verified, aske
 	@tests/image/arm64.sh
 
 ARM_KERNEL_TESTS := tests/model/test_int4_linear.py tests/model/test_cpu.py
-ARM_TESTS ?= $(ARM_KERNEL_TESTS) tests/model/test_kernels.py tests/model/test_int8_linear.py tests/arm64
-test-arm64: setup ## kernels, packing, export and engine on emulated Arm, with i8mm and bf16 and without (needs root)
+ARM_TESTS ?= $(ARM_KERNEL_TESTS) tests/model/test_kernels.py tests/model/test_int8_linear.py \
+	tests/serving/test_quick_torch.py tests/arm64
+test-arm64: setup ## kernels, packing, export, engine and the quick import on emulated Arm, with i8mm and bf16 and without (needs root)
 	@for cpu in max neoverse-n1; do tests/arm64/run.sh $$cpu python3 -m pytest $(ARM_TESTS) $(ARGS) || exit; done
 
 test-arm64-kernels: ## the quick part of test-arm64: KleidiAI's packing and products

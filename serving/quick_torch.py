@@ -35,6 +35,7 @@ LEFT_OUT = (
     "torch.utils.data",
     "torchgen",
 )
+PREFIXES = tuple(f"{package}." for package in LEFT_OUT)
 
 
 class _StandIn(ModuleType):
@@ -47,7 +48,7 @@ class _StandIn(ModuleType):
         def refuse(*_: object, **__: object) -> NoReturn:
             raise ImportError(f"{self.__name__}.{name} is left out here: import torch before {__name__}")
 
-        return type(name, (), {"__new__": refuse})  # a class, since annotations are computed with it
+        return type(name, (), {"__new__": refuse})  # a class: annotations hold it, isinstance asks for it
 
 
 class _StandIns:
@@ -55,7 +56,7 @@ class _StandIns:
 
     @classmethod
     def find_spec(cls, name: str, *_: object) -> ModuleSpec | None:
-        left_out = any(name == one or name.startswith(f"{one}.") for one in LEFT_OUT)
+        left_out = f"{name}.".startswith(PREFIXES)
         return ModuleSpec(name, cls, is_package=True) if left_out else None  # type: ignore[arg-type]
 
     @staticmethod
