@@ -5,15 +5,19 @@
 # with fixed dates and owners, and what is installed here is dated back too, so that the same inputs give the same layers
 # on any machine and a registry that has them is sent nothing.
 
-# Python 3.11.16: the index of all architectures, as Docker's official images list it (repo-info, September 2026).
-ARG BASE=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
+# The base image, or a stage of that name: --build-arg BASE=… takes another. (Dependabot reads FROM lines alone.)
+ARG BASE=official
 # The same with what a network behind a proxy needs to install packages: certificates, pip's settings. None of it stays.
 ARG BUILDER=${BASE}
 
 
+# The index of all architectures, as Docker's official images list it. Dependabot renews it.
+FROM python:3.11.16-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b AS official
+
+
 FROM ${BUILDER} AS packages
 COPY pyproject.toml /setup/
-COPY requirements /setup/requirements
+COPY requirements/*.txt /setup/requirements/
 COPY pipeline/install.py /setup/pipeline/
 ARG SOURCE_DATE_EPOCH=315532800
 # What serving never opens goes: C++ headers, test programs and test suites, half of what PyTorch weighs, and the algebra
@@ -37,9 +41,11 @@ RUN mkdir -p /packages/opt && mv /opt/emerald /packages/opt/ \
 FROM ${BASE} AS serve
 ARG SOURCE_DATE_EPOCH=315532800
 # tini forwards signals and reaps; tcmalloc serves many threads with less waiting and less memory than the C library.
+# What Debian has mended since the base was made is taken, so that building again mends what can be mended.
 # What the base has and nobody needs (pip and setuptools, with their known holes, and apt's lists) is emptied, not removed: a layer dates its mark of a removed file, and nothing can date that back.
 RUN touch /before \
     && apt-get update -qq \
+    && DEBIAN_FRONTEND=noninteractive apt-get upgrade --with-new-pkgs -qq -y --no-install-recommends >/dev/null \
     && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends libtcmalloc-minimal4 tini >/dev/null \
     && ln -s /usr/lib/*-linux-gnu/libtcmalloc_minimal.so.4 /usr/local/lib/libtcmalloc_minimal.so.4 \
     && echo 'emerald:x:10001:10001::/nonexistent:/usr/sbin/nologin' >>/etc/passwd \

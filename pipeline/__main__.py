@@ -21,6 +21,7 @@ from pipeline.progress import quiet_libraries, say
 from pipeline.stage import Build, Outcome
 from pipeline.stages import table
 from pipeline.verdict import Check
+from pipeline.waiting import spin_briefly
 
 STAGES = [field.name for field in fields(Config)]
 DONE, GATE_FAILED, BAD_INPUT, CRASHED = 0, 1, 2, 3
@@ -142,8 +143,8 @@ def _verdicts(build: Build) -> str:
 
 def key(build: Build, options: argparse.Namespace) -> int:
     """Prints a digest of all that these stages' outputs depend on, and what to keep of them under it, a path a line."""
-    digest = build.key(options.stages)
-    paths = [os.path.relpath(path) for path in build.published(options.stages)]
+    digest = build.key(options.stages, options.given)
+    paths = [os.path.relpath(path) for path in build.published(options.stages, options.given)]
     print(digest)
     print("\n".join(paths))
     if options.github_output:
@@ -220,6 +221,13 @@ def _parser() -> argparse.ArgumentParser:
             )
         if command is key:
             chosen.add_argument(
+                "--given",
+                nargs="*",
+                default=[],
+                metavar="STAGE",
+                help="stages that are done, with all they need: what they wrote enters by its content",
+            )
+            chosen.add_argument(
                 "--github-output",
                 type=Path,
                 metavar="FILE",
@@ -241,4 +249,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    spin_briefly()
     sys.exit(main())

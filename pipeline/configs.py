@@ -65,6 +65,8 @@ class TrainEmbedderConfig(Checked):
     phrasings_per_intent: Annotated[int, Range(2, 100)]
     near_misses_per_intent: Annotated[int, Range(0, 100)]
     out_of_domain_per_step: Annotated[int, Range(0, 1000)]
+    adapter_rank: Annotated[int, Range(1, 4096)]
+    """Directions in which training may have changed a matrix; more are nearer to all of it, and a larger file."""
     seed: Annotated[int, Range(0)]
 
 
@@ -217,6 +219,7 @@ def embedded() -> Config:
             phrasings_per_intent=3,
             near_misses_per_intent=2,
             out_of_domain_per_step=12,
+            adapter_rank=64,
             seed=20260101,
         ),
         export_embedder=ExportEmbedderConfig(longest_tokens=128),

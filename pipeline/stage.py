@@ -4,7 +4,7 @@ A stage named `quantize` is the function `run` in `pipeline/quantize.py`. It get
 its sources, inputs and outputs, and opens nothing else. Its fingerprint is everything its outputs depend on, as a
 flat mapping so that two fingerprints can be compared line by line: every configuration field, the SHA-256 of every
 source and input, of every first-party file that the stage's module imports (found in its syntax tree), the versions
-of the packages those files import, and the CPU family.
+of the packages those files import, and the CPU family that it compiles for, or else the machine's architecture.
 
 Outputs are written beside their place and renamed into it; the receipt is written last, atomically. So a run killed
 anywhere leaves either a receipt whose outputs are whole or none at all, and the next run resumes there.
@@ -20,6 +20,7 @@ import hashlib
 import importlib
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,10 @@ from model.errors import InputError
 from pipeline.fingerprint import ROOT, DigestMemo, describe_changes, imports_of, package_versions
 from pipeline.progress import say
 from pipeline.verdict import Check
+from pipeline.waiting import as_served
+
+REPORTS = "reports"
+"""Folder of what people read of a build, and the image carries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,8 @@ class Stage:
     """What this stage writes, relative to the build folder."""
     resumable: bool = False
     """Whether it goes on from what a run that was cut short has written, if nothing that it depends on has changed."""
+    measures: bool = False
+    """Whether it measures what is served: it runs in a process of its own, whose threads wait as a server's do."""
 
     @property
     def module_file(self) -> Path:
@@ -133,20 +140,32 @@ class Build:
                 if reasons:  # what it has written may be what it wrote before, and spare later stages
                     present = targets | self._read_but_gone(wanted[done:], targets, force=force)
 
-    def key(self, names: Sequence[str]) -> str:
-        """One digest of all that the outputs of these stages depend on; known before anything runs."""
+    def key(self, names: Sequence[str], given: Sequence[str] = ()) -> str:
+        """One digest of all that the outputs of these stages depend on; known before any of them runs.
+
+        What `given` stages and those before them have written is there already, and enters by its content.
+        """
+        within = self._beyond(names, given)
+        fresh = {f"input {path}" for stage in within for path in stage.outputs}
         own = {
-            stage.name: {name: of for name, of in self.fingerprint(stage).items() if not name.startswith("input ")}
-            for stage in self.needed_for(names)
+            stage.name: {name: of for name, of in self.fingerprint(stage).items() if name not in fresh}
+            for stage in within
         }
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
-    def published(self, names: Sequence[str]) -> list[Path]:
-        """What to keep of these stages and all they need: receipts, and the outputs that other stages read."""
-        within = self.needed_for(names)
+    def published(self, names: Sequence[str], given: Sequence[str] = ()) -> list[Path]:
+        """What to keep of these stages and all they need beyond the `given` ones: receipts, reports, and the outputs
+        that other stages read.
+        """
+        within = self._beyond(names, given)
         read = {path for stage in self.stages if stage not in within for path in stage.inputs}
-        kept = [path for stage in within for path in stage.outputs if path in read]
+        kept = [path for stage in within for path in stage.outputs if path in read or path.parts[0] == REPORTS]
         return [*(self.folder / path for path in kept), *map(self._receipt_path, within)]
+
+    def _beyond(self, names: Sequence[str], given: Sequence[str]) -> list[Stage]:
+        """The named stages and what they need, without the given ones and what those need."""
+        there = self.needed_for(given) if given else []
+        return [stage for stage in self.needed_for(names) if stage not in there]
 
     def outdated(self, names: Sequence[str]) -> dict[str, list[str]]:
         """The stages, of these and all they need, that a run would have to run, with the reasons; runs nothing."""
@@ -201,7 +220,7 @@ class Build:
         code, packages = imports_of(stage.module_file)
         fingerprint |= {f"code {file.relative_to(ROOT)}": self._digests.of(file) for file in code}
         fingerprint |= {f"package {name}": version for name, version in package_versions(packages).items()}
-        return fingerprint | {"cpu family": family()}
+        return fingerprint | {"cpu": _compiled_for(stage) or platform.machine()}
 
     def _execute(self, stage: Stage, reasons: Sequence[str]) -> Outcome:
         say(f"{stage.name}: {stage.purpose}")
@@ -215,9 +234,8 @@ class Build:
         with _disk_faults(self.folder):
             partial = self._partial(stage, fingerprint)
             run = importlib.import_module(f"pipeline.{stage.name}").run
-            checks: tuple[Check, ...] = tuple(
-                run(stage.config, *paths, *(partial / path for path in stage.outputs)) or ()
-            )
+            arguments = (stage.config, *paths, *(partial / path for path in stage.outputs))
+            checks: tuple[Check, ...] = tuple((as_served(run, *arguments) if stage.measures else run(*arguments)) or ())
             seconds = time.monotonic() - start
             self._publish(stage, partial)
             outputs = {str(path): self._digest(self.folder / path) for path in stage.outputs}
@@ -337,6 +355,12 @@ class Build:
                 os.truncate(lock.fileno(), 0)
                 os.write(lock.fileno(), str(os.getpid()).encode())  # unbuffered, so that closing writes nothing
             yield
+
+
+def _compiled_for(stage: Stage) -> str | None:
+    """The CPU family whose programs a stage writes; None if it writes none, and its outputs serve every CPU alike."""
+    cpu: str | None = getattr(stage.config, "cpu", None)
+    return family() if cpu == "native" else cpu
 
 
 def _remove(path: Path) -> None:

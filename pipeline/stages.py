@@ -4,7 +4,6 @@ from pathlib import Path
 
 from pipeline.configs import Config
 from pipeline.stage import Stage
-from pipeline.windows import CALIBRATION_TEXT, GATE_TEXT
 
 CHECKPOINT = Path("checkpoint")
 INT4 = Path("int4")
@@ -21,8 +20,11 @@ LATENCY = Path("reports/latency.json")
 SAVINGS = Path("reports/savings.json")
 SUMMARY = Path("reports/summary.md")
 
+CALIBRATION_TEXT = Path("pipeline/texts/calibration.txt")
+GATE_TEXT = Path("pipeline/texts/gate.txt")
 ENTRIES = Path("cache_data/entries")
 CONTRAST = Path("cache_data/contrast")
+ADAPTERS = Path("cache_data/adapters")
 VALIDATION = Path("cache_data/validation")
 PERSONA = Path("cache_data/persona.yaml")
 PROLOGUE = Path("cache_data/prologue.yaml")
@@ -58,7 +60,7 @@ def table(config: Config) -> tuple[Stage, ...]:
         Stage(
             name="train_embedder",
             config=config.train_embedder,
-            sources=_folder_of(config.train_embedder.source),
+            sources=(*_folder_of(config.train_embedder.source), ADAPTERS),
             inputs=(TRAINING_SET,),
             outputs=(TRAINED,),
         ),
@@ -84,12 +86,14 @@ def table(config: Config) -> tuple[Stage, ...]:
             sources=(GATE_TEXT,),
             inputs=(ENGINE,),
             outputs=(LATENCY,),
+            measures=True,
         ),
         Stage(
             name="savings",
             config=config.savings,
             inputs=(EMBEDDER, CACHE, ENGINE, CERTIFICATE, CACHE_REPORT),
             outputs=(SAVINGS,),
+            measures=True,
         ),
         Stage(
             name="report",

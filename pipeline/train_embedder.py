@@ -6,24 +6,31 @@ each, near misses of theirs, and out-of-domain questions. The supervised contras
 pulls phrasings of one intent together, away from all else; a contrast question is a class of its own that pulls
 nothing. The word embeddings stay as they are, so that words which no author used keep their places.
 
-The result depends on nothing but the data, the configuration, the CPU and its number of threads.
+What training changed is kept as a low-rank adapter, in the output and, once somebody has copied it there, in
+`cache_data/adapters/`. An adapter of these very phrasings, this base and these settings is used instead of training,
+which takes minutes; any other is named with what differs, and training begins. Either way the embedder is the base
+with the adapter, to the bit. What a training gives depends on nothing but the data, the configuration, the CPU and its
+number of threads.
 """
 
 import json
 import os
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.artifact import write_json
+from model.artifact import file_digest, write_json
 from model.errors import InputError
+from pipeline.adapter import Adapter
 from pipeline.configs import TrainEmbedderConfig
+from pipeline.fingerprint import describe_changes
 from pipeline.licences import copy_licences
-from pipeline.progress import track
+from pipeline.progress import say, track
 from pipeline.sources import locate
 
 CLUSTER = 3
@@ -36,12 +43,37 @@ WARM_UP = 0.1
 """Share of the steps in which the learning rate rises."""
 LONGEST = 64
 """Tokens of a text that training reads."""
+ADAPTER = "embedder.safetensors"
+"""Name of the adapter, in the output and among those that are kept."""
+PROCEDURE = "1"
+"""Of the training below. Raise it with every change of what a training gives: kept adapters then count no more."""
 
 
 def run(config: TrainEmbedderConfig, *paths: Path) -> None:
-    """`paths` ends with the training set and the folder to write; a folder source stands first, as the config says."""
-    *_, training_set, trained = paths
+    """Writes a sentence-transformers folder, with the adapter in it.
+
+    `paths` ends with the folder of kept adapters, the training set and the folder to write; a folder source stands
+    first, as the config says.
+    """
+    *_, kept, training_set, trained = paths
     source = locate(config.source, config.sha256)
+    model = _base_model(config, source)
+    network: Any = model[0].auto_model
+    base = {name: weight.detach().clone() for name, weight in network.state_dict().items()}
+    trained_on = _trained_on(config, source, training_set)
+    adapter = _kept_adapter(kept / ADAPTER, trained_on)
+    if adapter is None:
+        _train(model, config, _Lessons(config, json.loads(training_set.read_text(encoding="utf-8"))))
+        adapter = Adapter.between(base, network.state_dict(), config.adapter_rank, trained_on)
+        say(f"  to train no more until the phrasings change, copy trained/{ADAPTER} of the build folder to {kept}")
+    network.load_state_dict(adapter.merged(base))
+    model.save(str(trained), create_model_card=False)
+    adapter.write(trained / ADAPTER)
+    copy_licences(source, trained)
+    write_json(trained / "source.json", {name: getattr(config, name) for name in ("source", "model_id", "licence")})
+
+
+def _base_model(config: TrainEmbedderConfig, source: Path) -> Any:
     os.environ["HF_HUB_OFFLINE"] = "1"
     from sentence_transformers import SentenceTransformer
 
@@ -55,10 +87,33 @@ def run(config: TrainEmbedderConfig, *paths: Path) -> None:
     network.encoder.layer = network.encoder.layer[: config.layers]
     network.config.num_hidden_layers = config.layers
     network.embeddings.requires_grad_(False)
-    _train(model, config, _Lessons(config, json.loads(training_set.read_text(encoding="utf-8"))))
-    model.save(str(trained), create_model_card=False)
-    copy_licences(source, trained)
-    write_json(trained / "source.json", {name: getattr(config, name) for name in ("source", "model_id", "licence")})
+    return model
+
+
+def _trained_on(config: TrainEmbedderConfig, source: Path, training_set: Path) -> dict[str, str]:
+    """What an adapter depends on, by name: the data, the base, every setting, and the procedure."""
+    settings = {field.name: json.dumps(getattr(config, field.name)) for field in fields(config)}
+    places = {"source", "sha256"}  # where the base lies; its content is what counts
+    return {
+        "training set": file_digest(training_set),
+        "base": file_digest(source / "model.safetensors"),
+        "procedure": PROCEDURE,
+        **{f"configuration {name}": value for name, value in settings.items() if name not in places},
+    }
+
+
+def _kept_adapter(file: Path, trained_on: Mapping[str, str]) -> Adapter | None:
+    """The adapter that is kept there, if it was trained on just this."""
+    if not file.exists():
+        say(f"  no {file.name} is kept in {file.parent}: training")
+        return None
+    adapter = Adapter.read(file)
+    changes = describe_changes(adapter.trained_on, trained_on)
+    if changes:
+        say(f"  {file} was trained on something else ({'; '.join(changes[:3])}): training")
+        return None
+    say(f"  {file} was trained on just this: no training")
+    return adapter
 
 
 class _Lessons:

@@ -16,8 +16,6 @@ from model.artifact import file_digest
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 
-CALIBRATION_TEXT = Path("pipeline/texts/calibration.txt")
-GATE_TEXT = Path("pipeline/texts/gate.txt")
 DOCUMENT_BREAK = "<|document|>"
 SHARED_WORDS = 8
 """That two texts may not have in common, one after the other."""

@@ -1,4 +1,6 @@
-"""A forge for the tests: keeps issues with their comments and lists artifacts as GitHub's REST interface does."""
+"""A forge for the tests: keeps issues with their comments, and lists artifacts and workflows, as GitHub's REST
+interface does.
+"""
 
 import json
 import re
@@ -13,6 +15,8 @@ from urllib.parse import parse_qs, urlsplit
 TOKEN = "token-of-the-run"
 OURS, THEIRS = 1, 2
 """Repositories: the one whose workflows run, and a fork."""
+OWNER = 77
+"""Number of whoever owns them."""
 Described = dict[str, Any]
 """An issue or an artifact, as the interface gives it."""
 
@@ -20,8 +24,11 @@ Described = dict[str, Any]
 class Forge(ThreadingHTTPServer):
     """Whatever the repository is called; a `status` other than 200 makes it refuse, and each of `faults` does once."""
 
-    def __init__(self, artifacts: Callable[[], list[Described]], issues: list[Described]) -> None:
+    def __init__(
+        self, artifacts: Callable[[], list[Described]], issues: list[Described], *, private: bool = False
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.private = private
         self.artifacts = artifacts
         self.issues = issues
         self.comments: list[str] = []
@@ -36,10 +43,10 @@ class Forge(ThreadingHTTPServer):
 
 @contextmanager
 def forge_served(
-    artifacts: Callable[[], list[Described]] = list, issues: list[Described] | None = None
+    artifacts: Callable[[], list[Described]] = list, issues: list[Described] | None = None, *, private: bool = False
 ) -> Iterator[Forge]:
     """Serves until the block ends; `issues` are those of before, and get what is reported."""
-    with Forge(artifacts, [] if issues is None else issues) as server:
+    with Forge(artifacts, [] if issues is None else issues, private=private) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -70,7 +77,13 @@ class _Handler(BaseHTTPRequestHandler):
         query = {name: values[0] for name, values in parse_qs(asked.query).items()}
         if not self._admitted():
             return
-        if self._is("actions/artifacts"):
+        if self._is(""):
+            owner, name = urlsplit(self.path).path.split("/")[2:]
+            facts = {"private": self.server.private, "has_issues": True, "archived": False, "disabled": False}
+            self._answer({"id": OURS, "name": name, "owner": {"login": owner, "id": OWNER}, **facts})
+        elif self._is("actions/workflows"):
+            self._answer({"workflows": [{"name": "pipeline", "path": "pipeline.yml", "state": "active"}]})
+        elif self._is("actions/artifacts"):
             self._answer({"artifacts": [kept for kept in self.server.artifacts() if kept["name"] == query["name"]]})
         else:
             assert self._is("issues")
@@ -102,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is(self, place: str) -> bool:
         """Whether this place of a repository is asked for."""
-        return re.fullmatch(rf"/repos/[^/]+/[^/]+/{place}", urlsplit(self.path).path) is not None
+        return re.fullmatch(rf"/repos/[^/]+/[^/]+/{place}".rstrip("/"), urlsplit(self.path).path) is not None
 
     def _admitted(self) -> bool:
         status = self.server.status if self.headers["Authorization"] == f"Bearer {TOKEN}" else 401

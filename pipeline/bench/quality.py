@@ -35,8 +35,9 @@ from pipeline.configs import CONFIGS, named_config
 from pipeline.fingerprint import ROOT
 from pipeline.gate_quality import compare, quality_of, read_through
 from pipeline.progress import quiet_libraries, say
+from pipeline.stages import CALIBRATION_TEXT, GATE_TEXT
 from pipeline.statistics import Interval
-from pipeline.windows import CALIBRATION_TEXT, GATE_TEXT, Text, check_apart, text_windows
+from pipeline.windows import Text, check_apart, text_windows
 
 Rounding = Callable[[str, Tensor], Tensor]
 """A layer's matrix by its name and as it is to what its rounded form stands for, in float32."""

@@ -32,7 +32,8 @@ from model.torchchat_format import PARAMS, WEIGHTS, params_of, state_of
 from pipeline.bench.measured import Ended, measured
 from pipeline.fingerprint import ROOT
 from pipeline.progress import quiet_libraries, say
-from pipeline.windows import GATE_TEXT, Text, text_windows
+from pipeline.stages import GATE_TEXT
+from pipeline.windows import Text, text_windows
 
 HOME = ROOT / "build/torchchat"
 REQUIREMENTS = ("torchao==0.13.0", "pillow")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ from pipeline.fingerprint import ROOT
 from pipeline.image.build import build as build_image
 from pipeline.image.engine import engine, local_image
 from pipeline.image.predicate import predicate as statement_of
+from pipeline.image.promotion import PROMOTED, Entry
 from pipeline.image.promotion import promote as promote_digest
 from pipeline.image.promotion import rollback as roll_back
 from pipeline.image.registry import Registry, Repository, parse_digest
-from pipeline.image.transfer import licence_faults, pull
+from pipeline.image.transfer import learn_layers, licence_faults, pull
 from pipeline.image.transfer import push as push_image
 from pipeline.image.verify import verify as verify_image
 from pipeline.progress import say
@@ -97,22 +99,36 @@ def push(options: argparse.Namespace) -> int:
             say(f"licence gate: {options.image} lacks, of its {fault}")
         if faults:
             return FAILED
+        if options.after is not None:
+            learn_layers(client, options.repository, options.after)
         print(push_image(client, image, options.repository, options.tag))
     return DONE
 
 
 def promote(options: argparse.Namespace) -> int:
-    """Points a tag to a verified digest, in the registry, and records it."""
+    """Points a tag to a verified digest, in the registry, and records it; the tag's digest on standard output."""
     repository, digest = parse_digest(options.image)
-    faults = promote_digest(Registry(repository), digest, options.tag, options.verdict)
-    for fault in faults:
+    outcome = promote_digest(Registry(repository), digest, options.tag, options.verdict, options.run)
+    for fault in outcome.faults:
         say(f"not promoted: {fault}")
-    return FAILED if faults else DONE
+    if outcome.faults:
+        return FAILED
+    if outcome.superseded_by is not None:
+        say(f"not promoted: {_superseded(options.run, outcome.superseded_by)}")
+    print(outcome.digest or "")
+    return DONE
+
+
+def _superseded(run: int | None, newer: Entry) -> str:
+    older = run is not None and run < newer.run
+    why = f"run {run} is older than run {newer.run}" if older else f"meanwhile came the record {newer.tag}"
+    did = "promoted" if newer.kind == PROMOTED else "went back to"
+    return f"{why}, which {did} {newer.digest}; roll back, or start a new run, to go back on purpose"
 
 
 def rollback(options: argparse.Namespace) -> int:
-    """Points a tag back to the digest before, or to a recorded one; that digest on standard output."""
-    print(roll_back(Registry(Repository.parse(options.repository)), options.tag, options.to))
+    """Points a tag back to the digest before, or to a recorded one; the tag's digest on standard output."""
+    print(roll_back(Registry(Repository.parse(options.repository)), options.tag, options.to, options.run))
     return DONE
 
 
@@ -159,15 +175,30 @@ def _parser() -> argparse.ArgumentParser:
     chosen[push].add_argument("image", help="a local image")
     chosen[push].add_argument("repository", help="user/name on Docker Hub, or host/name")
     chosen[push].add_argument("--as", dest="tag", metavar="TAG", help="default: candidate- and the image's id")
+    chosen[push].add_argument("--after", metavar="TAG", help="pull this tag first, and push only layers it has not")
     chosen[promote].add_argument("image", help="REPOSITORY@sha256:…")
     chosen[promote].add_argument("tag")
     chosen[promote].add_argument("--verdict", type=Path, metavar="FILE", help="the report of verifying that digest")
     chosen[rollback].add_argument("repository")
     chosen[rollback].add_argument("tag")
     chosen[rollback].add_argument("--to", metavar="DIGEST", help="a recorded digest (default: the one before)")
+    for command in (promote, rollback):
+        chosen[command].add_argument(
+            "--run",
+            type=_run_id,
+            default=os.environ.get("GITHUB_RUN_ID") or None,
+            metavar="ID",
+            help="the GitHub run that asks; no promotion replaces a newer run's (default: GITHUB_RUN_ID, if it is set)",
+        )
     chosen[predicate].add_argument("--digest", metavar="DIGEST", help="the one that is to be attested")
     chosen[predicate].add_argument("reports", nargs="+", type=Path, metavar="REPORT", help="reports of verify")
     return parser
+
+
+def _run_id(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no run of GitHub: give the digits of GITHUB_RUN_ID")
+    return int(text)
 
 
 def _add_build_options(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from model.artifact import MANIFEST, files_below, manifest_digest, read_json, re
 from model.errors import InputError
 from pipeline.fingerprint import ROOT
 from pipeline.image.contents import BUILD, CARD, HOME, NOTICES, OWN, Contents
-from pipeline.image.engine import machine, say_steps, told
+from pipeline.image.engine import layer_bytes, machine, run_build
 from pipeline.image.layers import EPOCH, Member, archive, archive_member, file_member, text_member
 from pipeline.image.model_card import model_card
+from pipeline.image.transfer import pull_base
 from pipeline.licences import notices, terms_of
 from pipeline.progress import say
 
@@ -50,27 +51,37 @@ def build(
     engine = read_manifest(folder / "engine", "engine")
     _check_platform(client, engine["cpu"], platform)
     dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    base = base or _default(dockerfile, "BASE")
+    named = base or _official_base(dockerfile)
+    base = base or pull_base(client, named, platform)
     contents = _contents(folder)
-    events = client.api.build(
-        fileobj=archive(list(_context(folder, contents))),  # type: ignore[arg-type]  # any iterable of bytes will do
-        custom_context=True,
-        target=target,
-        tag=tag,
-        platform=platform,
-        network_mode=network,
-        buildargs={"BASE": base, "BUILDER": builder or base, "SOURCE_DATE_EPOCH": str(EPOCH)},
-        labels={**_described(engine, base), f"{OWN}.target": target, **contents.facts()},
-        nocache=afresh,
-        rm=True,
-        forcerm=True,
-        decode=True,
+    command = _command(
+        {
+            "target": target,
+            "tag": tag,
+            "platform": platform,
+            "network": network,
+            "build-arg": {"BASE": base, "BUILDER": builder or base, "SOURCE_DATE_EPOCH": str(EPOCH)},
+            "label": {**_described(engine, named), f"{OWN}.target": target, **contents.facts()},
+            "no-cache": afresh,
+        }
     )
-    for _ in say_steps(told(events, f"building {tag}")):
-        pass
+    run_build(command, archive(list(_context(folder, contents))), f"building {tag}")
     image = client.images.get(tag)
-    say(f"{tag}: {image.attrs['Size'] / 1e6:.0f} MB for {image.attrs['Architecture']}, from {folder}")
+    say(f"{tag}: {layer_bytes(image) / 1e6:.0f} MB for {image.attrs['Architecture']}, from {folder}")
     return str(image.id)
+
+
+def _command(options: Mapping[str, str | bool | Mapping[str, str] | None]) -> list[str]:
+    """`docker build` with these options, reading its context from standard input; None and False leave one out."""
+    command = ["docker", "build", "--progress", "plain"]
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            command += [part for key, text in value.items() for part in (f"--{name}", f"{key}={text}")]
+        elif value is True:
+            command.append(f"--{name}")
+        elif value:
+            command += [f"--{name}", str(value)]
+    return [*command, "-"]
 
 
 def _check_platform(client: docker.DockerClient, cpu: str, platform: str | None) -> None:
@@ -193,7 +204,8 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _default(dockerfile: str, argument: str) -> str:
-    found = re.search(rf"^ARG {argument}=(\S+)$", dockerfile, re.MULTILINE)
-    assert found, f"Dockerfile gives {argument} no default"
+def _official_base(dockerfile: str) -> str:
+    """The base that the Dockerfile names, by its digest."""
+    found = re.search(r"^FROM (\S+@sha256:[0-9a-f]{64}) AS official$", dockerfile, re.MULTILINE)
+    assert found, "Dockerfile has no stage official with a digest"
     return found[1]

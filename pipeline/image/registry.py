@@ -6,14 +6,21 @@ API is OCI's distribution specification, with the token flow of Docker Hub; cred
 
 import hashlib
 import re
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 from urllib.parse import urljoin
 
 import docker.auth
 import requests
+from urllib3.exceptions import ProtocolError
 
 from model.errors import InputError
+from pipeline.progress import say
 
 HUB, HUB_API = "docker.io", "https://registry-1.docker.io"
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -25,6 +32,46 @@ MANIFESTS = (
     "application/vnd.docker.distribution.manifest.v2+json",
 )
 SECONDS = 60
+BUSY = (429, 502, 503, 504)
+"""Answers after which the same request is sent again."""
+
+
+class RepositoryUnavailableError(InputError):
+    """A repository that does not exist, or is private: registries do not tell strangers which."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backoff:
+    """How long a registry that is busy, or that limits requests, is asked again: with pauses that double."""
+
+    first_seconds: float = 1.0
+    total_seconds: float = 120.0
+    """All pauses of one request together."""
+
+    def start(self) -> "Pauses":
+        """For one request."""
+        return Pauses(self.first_seconds, self.total_seconds)
+
+
+DEFAULT_BACKOFF = Backoff()
+
+
+class Pauses:
+    """The pauses of one request, between its attempts."""
+
+    def __init__(self, first: float, total: float) -> None:
+        self._next, self._left = first, total
+
+    def wait(self, why: str, asked: float = 0.0) -> bool:
+        """Waits, at least as many seconds as the server asks for; False, at once, if no such pause is left."""
+        if self._left <= 0 or asked > self._left:
+            return False
+        pause = min(max(self._next, asked), self._left)
+        say(f"  {why}: trying again in {pause:.0f} s")
+        time.sleep(pause)
+        self._left -= pause
+        self._next *= 2
+        return True
 
 
 class Repository(NamedTuple):
@@ -85,13 +132,14 @@ def check_tag(tag: str) -> str:
 class Registry:
     """One repository's manifests and tags."""
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, backoff: Backoff = DEFAULT_BACKOFF) -> None:
         self.repository = repository
+        self._backoff = backoff
         self._http = requests.Session()
         self._authorization: str | None = None
 
     def digest_of(self, tag: str) -> str | None:
-        """What a tag points to; None if there is no such tag."""
+        """What a tag points to; None if there is no such tag. Like all reading, raises RepositoryUnavailableError."""
         answer = self._call("HEAD", f"manifests/{tag}", missing=True)
         return answer.headers.get("Docker-Content-Digest") if answer is not None else None
 
@@ -110,10 +158,14 @@ class Registry:
 
     def tag(self, manifest: Manifest, tag: str) -> None:
         """Points a tag to a manifest that the registry holds. Raises InputError unless the registry then says so."""
-        self._call("PUT", f"manifests/{tag}", manifest)
+        self.put(manifest, tag)
         found = self.digest_of(tag)
         if found != manifest.digest:
             raise InputError(f"{self.repository}:{tag} is {found} after it was set to {manifest.digest}: run again")
+
+    def put(self, manifest: Manifest, tag: str) -> None:
+        """As `tag`, for a tag that others may move at the same time: what it names afterwards is not asked."""
+        self._call("PUT", f"manifests/{tag}", manifest)
 
     def tags(self) -> Iterator[str]:
         """Every tag, page by page."""
@@ -136,6 +188,8 @@ class Registry:
             answer = self._send(method, address, manifest)
         if answer.status_code == requests.codes.not_found and missing:
             return None
+        if answer.status_code == requests.codes.unauthorized and missing and self._has_token():
+            raise self._unavailable()
         if answer.status_code in (requests.codes.unauthorized, requests.codes.forbidden):
             raise InputError(self._refusal(f"{method} {place}: {answer.status_code}"))
         if not answer.ok:
@@ -152,7 +206,7 @@ class Registry:
         if manifest is not None:
             headers["Content-Type"] = manifest.media_type
         content = manifest.content if manifest is not None else None
-        return self._reach(lambda: self._http.request(method, address, data=content, headers=headers, timeout=SECONDS))
+        return self._reach(method, address, data=content, headers=headers)
 
     def _authorize(self, challenge: str) -> str:
         """The Authorization header that a registry asks for: a password, or a token that a password buys."""
@@ -169,15 +223,18 @@ class Registry:
 
     def _token(self, fields: dict[str, str]) -> str:
         """From the token server that the registry names."""
-        scope = f"repository:{self.repository.name}:pull,push"
-        asked = {"service": fields.get("service", ""), "scope": scope}
         name, password = self._credentials()
+        actions = "pull" if name is None else "pull,push"
+        scope = f"repository:{self.repository.name}:{actions}"
+        asked = {"service": fields.get("service", ""), "scope": scope}
         if name == "":  # an identity token, which credential helpers keep
             form = {**asked, "grant_type": "refresh_token", "refresh_token": password, "client_id": "emerald"}
-            answer = self._reach(lambda: self._http.post(fields["realm"], data=form, timeout=SECONDS))
+            answer = self._reach("POST", fields["realm"], data=form)
         else:
             login = None if name is None else (name, password)
-            answer = self._reach(lambda: self._http.get(fields["realm"], params=asked, auth=login, timeout=SECONDS))
+            answer = self._reach("GET", fields["realm"], params=asked, auth=login)
+        if name is None and answer.status_code in (requests.codes.unauthorized, requests.codes.forbidden):
+            raise self._unavailable()  # as GitHub's registry answers, where Docker Hub gives a token for nothing
         if not answer.ok:
             raise InputError(self._refusal(f"its token server answered {answer.status_code}"))
         found: dict[str, Any] = answer.json()
@@ -202,12 +259,58 @@ class Registry:
             "token that may push there; nothing was tagged"
         )
 
-    def _reach(self, send: Any) -> requests.Response:
-        try:
-            answer: requests.Response = send()
-        except requests.RequestException as fault:
-            raise InputError(
-                f"{self.repository}: the registry does not answer ({fault}): try again when it does; nothing else was "
-                "done"
-            ) from fault
-        return answer
+    def _has_token(self) -> bool:
+        return (self._authorization or "").startswith("Bearer ")
+
+    def _unavailable(self) -> RepositoryUnavailableError:
+        anonymous = self._credentials()[0] is None
+        unread = "cannot be read without credentials" if anonymous else "these credentials may not read it"
+        return RepositoryUnavailableError(
+            f"{self.repository}: the registry shows no such repository: it does not exist yet, or is private and "
+            f"{unread}: check the name, or docker login {self.repository.host} with a name and a token that may; "
+            "nothing was tagged"
+        )
+
+    def _reach(self, method: str, address: str, **options: Any) -> requests.Response:
+        """Sends a request, and sends it again while the registry is busy or hangs up."""
+        pauses = self._backoff.start()
+        while True:
+            try:
+                answer = self._http.request(method, address, timeout=SECONDS, **options)
+            except requests.RequestException as fault:
+                if method != "POST" and _was_reset(fault) and pauses.wait(f"{self.repository}: the registry hung up"):
+                    continue
+                raise InputError(
+                    f"{self.repository}: the registry does not answer ({fault}): try again when it does; nothing else "
+                    "was done"
+                ) from fault
+            if answer.status_code not in BUSY:
+                return answer
+            asked = _retry_after(answer)
+            if not pauses.wait(f"{self.repository}: the registry answered {answer.status_code}", asked):
+                raise InputError(self._busy(method, answer, asked))
+
+    def _busy(self, method: str, answer: requests.Response, asked: float) -> str:
+        """What to do about a registry that was busy until patience ended, or that asks for more of it."""
+        when = f"{datetime.now(UTC) + timedelta(seconds=asked):%Y-%m-%d %H:%M} UTC, as it asks" if asked else "later"
+        limit = f", or docker login {self.repository.host}, which raises the limit" if answer.status_code == 429 else ""
+        said = answer.text[:200].strip()
+        return (
+            f"{self.repository}: the registry answered {answer.status_code} to {method} ({said}), and waiting for it "
+            f"ends at {self._backoff.total_seconds:.0f} s: try again {when}{limit}; nothing else was done"
+        )
+
+
+def _was_reset(fault: requests.RequestException) -> bool:
+    """Whether a connection that stood was ended by the other side."""
+    return bool(fault.args) and isinstance(fault.args[0], ProtocolError)
+
+
+def _retry_after(answer: requests.Response) -> float:
+    """The seconds that a Retry-After header asks for, which has them or a date; 0 without one that can be read."""
+    text = answer.headers.get("Retry-After", "").strip()
+    if text.isdecimal():
+        return float(text)
+    with suppress(ValueError, TypeError):
+        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+    return 0.0

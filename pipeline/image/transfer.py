@@ -10,13 +10,32 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.models.images import Image
 
 from model.errors import InputError
-from pipeline.image.contents import CARD, read_contents
-from pipeline.image.engine import explained, told
-from pipeline.image.registry import check_tag, parse_digest
+from pipeline.image.contents import CARD, platform_of, read_contents
+from pipeline.image.engine import explained, machine, told
+from pipeline.image.registry import (
+    DEFAULT_BACKOFF,
+    DIGEST,
+    Backoff,
+    Registry,
+    Repository,
+    RepositoryUnavailableError,
+    check_tag,
+    parse_digest,
+)
 from pipeline.licences import missing
 from pipeline.progress import say
 
 CANDIDATE = "candidate"
+LIMITED = re.compile(r"toomanyrequests|too many requests|\b429\b", re.IGNORECASE)
+"""What engines say when a registry limits requests."""
+OFFICIAL = re.compile(
+    rf"(?:docker\.io/)?(?:library/)?(?P<name>[a-z0-9]+(?:[._-]+[a-z0-9]+)*)(?::[\w.-]+)?@(?P<digest>{DIGEST.pattern})"
+)
+"""A Docker official image by its digest."""
+MIRRORS = ("mirror.gcr.io/library", "public.ecr.aws/docker/library")
+"""Google's cache of Docker Hub, and the copies of its official images that Docker keeps at Amazon."""
+HUB = "docker.io/library"
+ONCE = Backoff(total_seconds=0)
 HELD = ("Layer already exists", "Already exists", "Mounted from")
 
 
@@ -29,6 +48,21 @@ def licence_faults(client: docker.DockerClient, image: Image) -> list[str]:
         for model, folder in (("model", "engine"), ("embedder", "embedder"))
         for fault in missing(contents.notices(model), card, labels, contents.json(f"build/{folder}/manifest.json"))
     ]
+
+
+def learn_layers(client: docker.DockerClient, repository: str, tag: str) -> None:
+    """Pulls what a tag names, if anything: an engine sends every layer that it does not know the registry to have."""
+    try:
+        digest = Registry(Repository.parse(repository)).digest_of(check_tag(tag))
+    except RepositoryUnavailableError:
+        digest = None
+    if digest is None:
+        say(f"{repository}:{tag} names nothing yet: every layer is pushed")
+        return
+    try:
+        pull(client, f"{repository}@{digest}", None)
+    except InputError as fault:
+        say(f"every layer is pushed, since those of {repository}:{tag} could not be pulled: {fault}")
 
 
 def push(client: docker.DockerClient, image: Image, repository: str, tag: str | None) -> str:
@@ -56,11 +90,76 @@ def _outcome(status: str, before: str) -> str:
     return "there" if status.startswith(HELD) else before
 
 
-def pull(client: docker.DockerClient, reference: str, platform: str | None) -> Image:
+def pull(
+    client: docker.DockerClient, reference: str, platform: str | None, backoff: Backoff = DEFAULT_BACKOFF
+) -> Image:
     """Pulls REPOSITORY@sha256:… anew and gives it by that name. The engine checks the digest of all that comes."""
     parse_digest(reference)
     with contextlib.suppress(ImageNotFound):
         client.images.remove(reference)
+    return _download(client, reference, platform, backoff)
+
+
+def pull_base(
+    client: docker.DockerClient, reference: str, platform: str | None, backoff: Backoff = DEFAULT_BACKOFF
+) -> str:
+    """The reference by which the engine holds a base image; it is pulled where the engine has it under none.
+
+    Docker Hub limits pulls by address, and machines that are rented by the minute share theirs. So a Docker official
+    image comes from a mirror, by the same digest and so with the same content. Any other is left to the build.
+    """
+    official = OFFICIAL.fullmatch(reference)
+    if official is None:
+        return reference
+    places = [f"{place}/{official['name']}@{official['digest']}" for place in (*MIRRORS, HUB)]
+    wanted = platform or machine(client)
+    for place in places:
+        if _holds(client, place, wanted):
+            return place
+    return _pull_from_one(client, places, wanted, backoff)
+
+
+def _holds(client: docker.DockerClient, reference: str, platform: str) -> bool:
+    try:
+        return platform_of(client.images.get(reference)) == platform
+    except ImageNotFound:
+        return False
+
+
+def _pull_from_one(client: docker.DockerClient, places: list[str], platform: str, backoff: Backoff) -> str:
+    """Pulls an image from the first of its places that gives it; only the last one is asked more than once."""
+    reason = ""
+    for place in places:
+        try:
+            _download(client, place, platform, backoff if place == places[-1] else ONCE)
+            return place
+        except InputError as fault:
+            reason = " ".join(str(fault).split())
+            say(f"no base image from {reason}")
+    raise InputError(
+        f"the base image came from none of {', '.join(places)}; the last said: {reason}. Try again later, or docker "
+        "login docker.io, which raises Docker Hub's limit"
+    )
+
+
+def _download(client: docker.DockerClient, reference: str, platform: str | None, backoff: Backoff) -> Image:
+    """Pulls an image by its digest, and tries again while the registry limits requests."""
+    pauses = backoff.start()
+    while True:
+        try:
+            return _download_once(client, reference, platform)
+        except InputError as fault:
+            if not LIMITED.search(str(fault)):
+                raise
+            if not pauses.wait(f"{reference}: the registry limits requests"):
+                host = Repository.parse(reference.partition("@")[0]).host
+                raise InputError(
+                    f"{reference}: the registry allows no more requests for now ({fault}): docker login {host}, which "
+                    "raises the limit, or try again later"
+                ) from fault
+
+
+def _download_once(client: docker.DockerClient, reference: str, platform: str | None) -> Image:
     repository, _, digest = reference.partition("@")
     options: dict[str, Any] = {"platform": platform} if platform else {}
     try:
@@ -68,9 +167,8 @@ def pull(client: docker.DockerClient, reference: str, platform: str | None) -> I
             client.api.pull(repository, tag=digest, stream=True, decode=True, **options), f"pulling {reference}"
         ):
             pass
-        pulled: Image = client.images.get(reference)
+        return client.images.get(reference)
     except NotFound as fault:
         raise InputError(f"{reference}: the registry holds no such image; push it first") from fault
     except (APIError, DockerException) as fault:
         raise explained(str(fault), f"pulling {reference}") from fault
-    return pulled

@@ -20,7 +20,7 @@ from docker.models.images import Image
 
 from model.errors import InputError
 from pipeline.image.contents import CARD, OWN, Contents, platform_of, read_contents
-from pipeline.image.engine import explained, machine
+from pipeline.image.engine import explained, layer_bytes, machine
 from pipeline.image.session import Session
 from pipeline.licences import missing
 from pipeline.progress import say
@@ -96,7 +96,7 @@ def _look(client: docker.DockerClient, image: Image, contents: Contents, verdict
     """What can be seen without running it."""
     labels, engine = dict(image.labels), contents.json("build/engine/manifest.json")
     weights = sum(entry["bytes"] for name, entry in engine["files"].items() if name.endswith(".safetensors"))
-    size = sum(layer["Size"] for layer in image.history())
+    size = layer_bytes(image)
     architecture = image.attrs["Architecture"]
     verdict.facts |= {
         "image": image.id,

@@ -22,14 +22,16 @@ def main() -> int:
     if not faults:
         outputs = needs["image"]["outputs"]
         digest = outputs.get("promoted")
-        print(f"all jobs did what was planned; {f'{digest} is promoted' if digest else 'nothing was to be pushed'}")
+        newer = ", by a newer run" if outputs.get("superseded") == "true" else ""
+        done = f"{digest} is promoted{newer}" if digest else "nothing was to be pushed"
+        print(f"all jobs did what was planned; {done}")
     return 1 if faults else 0
 
 
 def shortfalls(needs: Needs) -> list[str]:
     """What did not go as planned. No job may be skipped: what a run leaves out is within the job `image`."""
     faults = [f"job {name}: {job['result']}" for name, job in needs.items() if job["result"] != "success"]
-    missing = {"plan", "weights", "cache", "gates", "image"} - needs.keys()
+    missing = {"doctor", "plan", "weights", "cache", "gates", "image"} - needs.keys()
     faults += [f"job {name}: this workflow no longer waits for it" for name in sorted(missing)]
     if faults:
         return faults
@@ -37,6 +39,8 @@ def shortfalls(needs: Needs) -> list[str]:
     if push not in ("true", "false"):
         return [f"job plan: its output push is {push!r}"]
     steps = [outputs.get(name) for name in ("pushed", "verified", "promoted")]
+    if outputs.get("superseded") == "true" and steps[2]:  # a newer run's image stays, as it should
+        steps[2] = steps[1]
     if push == "true" and (not steps[0] or len(set(steps)) != 1):
         faults.append("job image: what was pushed, verified and promoted are not one digest: {}, {}, {}".format(*steps))
     if push == "false" and any(steps):

@@ -1,6 +1,7 @@
 """What workflows ask of GitHub beyond running: who keeps an artifact, and one issue for one trouble."""
 
 import os
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -14,6 +15,7 @@ SECONDS = 30.0
 """How long GitHub may take to answer."""
 ARTIFACTS = "`permissions: actions: read`"
 ISSUES = "`permissions: issues: write`, and the repository must have issues switched on"
+PRIVATE = "GITHUB_TOKEN, if the repository is private, and its name as OWNER/NAME"
 """What a job needs for its requests."""
 
 
@@ -28,8 +30,8 @@ class Repository:
             self._session.mount(scheme, HTTPAdapter(max_retries=again))
         self._session.headers.update({
             "Accept": "application/vnd.github+json",
-            "Authorization": f"Bearer {token}",
             "X-GitHub-Api-Version": "2022-11-28",
+            **({"Authorization": f"Bearer {token}"} if token else {}),
         })  # fmt: skip
 
     @classmethod
@@ -38,8 +40,19 @@ class Repository:
         missing = [name for name in ("GITHUB_REPOSITORY", "GITHUB_TOKEN") if not os.environ.get(name)]
         if missing:
             raise InputError(f"{missing[0]} is not set: in a workflow, pass `GITHUB_TOKEN: ${{{{ github.token }}}}`")
-        url = os.environ.get("GITHUB_API_URL", "https://api.github.com")
-        return cls(url, os.environ["GITHUB_REPOSITORY"], os.environ["GITHUB_TOKEN"])
+        return cls(_api(), os.environ["GITHUB_REPOSITORY"], os.environ["GITHUB_TOKEN"])
+
+    @classmethod
+    def named(cls, name: str) -> "Repository":
+        """Any repository, as OWNER/NAME; with GITHUB_TOKEN if it is set. Raises InputError for another form."""
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise InputError(f"{name!r} is no repository: give OWNER/NAME, as in its address")
+        return cls(_api(), name, os.environ.get("GITHUB_TOKEN", ""))
+
+    def description(self) -> dict[str, Any]:
+        """What GitHub says of it: its number, its owner, whether it is private."""
+        found: dict[str, Any] = self._call("GET", self._url, PRIVATE)
+        return found
 
     def keeper(self, artifact: str, branches: Collection[str]) -> int | None:
         """The run that keeps the newest artifact of that name, or None; only of these branches of this repository.
@@ -92,3 +105,7 @@ class Repository:
         if not answer.ok:
             raise InputError(f"GitHub answers {method} {url} with {answer.status_code}: run again later")
         return answer.json()
+
+
+def _api() -> str:
+    return os.environ.get("GITHUB_API_URL", "https://api.github.com")

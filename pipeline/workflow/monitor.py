@@ -1,12 +1,14 @@
-"""The published image as its users get it: python -m pipeline.workflow.monitor check | tell.
+"""The published image as its users get it: python -m pipeline.workflow.monitor check | tell | pull.
 
 `check` pulls what a tag names today, runs every check of `python -m pipeline.image verify` on it, and compares how fast
 it speaks with what its latency gate measured when it was built. `tell` opens, renews or closes the one issue about it.
+`pull` only pulls it, for others to look at.
 So a registry that lost a layer, a certificate that no longer fits, a base that was swapped or a generation of runners
 that halves the speed is found by the maintainer before it is found by a visitor.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from model.errors import InputError
 from pipeline.image.contents import read_contents
 from pipeline.image.engine import engine
 from pipeline.image.promotion import history
-from pipeline.image.registry import Registry, Repository, check_tag
+from pipeline.image.registry import Registry, Repository, RepositoryUnavailableError, check_tag
 from pipeline.image.transfer import pull
 from pipeline.image.verify import Verdict, verify
 from pipeline.progress import say
@@ -27,6 +29,8 @@ from pipeline.workflow.forge import Repository as Forge
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 SPEED_SHARE_MIN = 0.5
 """Of the decode speed at the gate. Runners are shared and differ; a program that took a slow path loses more."""
+VERIFIED, BRANCHES = "verified", {"main"}
+"""The artifact in which image.yml keeps the report on every image that it has pushed, and whose runs count."""
 LABEL, TITLE = "canary", "The published image does not pass its checks"
 
 
@@ -43,11 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check(options: argparse.Namespace) -> int:
     """Pulls what a tag names, checks it, and writes the report."""
     name, _, tag = options.image.rpartition(":")
-    repository = Repository.parse(name)
-    registry = Registry(repository)
-    digest = registry.digest_of(check_tag(tag))
-    if digest is None and history(registry, tag):
-        raise InputError(f"{options.image}: the tag is gone, and images were promoted to it; promote one of them again")
+    digest = _promoted(Registry(Repository.parse(name)), check_tag(tag))
     if digest is None:
         _publish(options, f"Nothing was promoted to `{options.image}` yet.")
         return DONE
@@ -59,6 +59,42 @@ def check(options: argparse.Namespace) -> int:
     write_report(options.report, "canary", verdict.checks, reasons=verdict.reasons, image=options.image, digest=digest)
     _publish(options, described(read_json(options.report)))
     return DONE if verdict.passed else FAILED
+
+
+def pull_published(options: argparse.Namespace) -> int:
+    """Pulls what a tag names, and writes by what name the engine holds it; nothing if nothing was promoted yet."""
+    name, _, tag = options.image.rpartition(":")
+    digest = _promoted(Registry(Repository.parse(name)), check_tag(tag))
+    if digest is None:
+        say(f"Nothing was promoted to {options.image} yet.")
+        return DONE
+    with engine() as client:
+        pull(client, f"{name}@{digest}", None)
+    print(f"{name}@{digest}")
+    if options.github_output:
+        with options.github_output.open("a", encoding="utf-8") as file:
+            file.write(f"image={name}@{digest}\n")
+    return DONE
+
+
+def _promoted(registry: Registry, tag: str) -> str | None:
+    """What a tag names; None if nothing was promoted to it yet. Raises InputError if something was, and is gone."""
+    try:
+        digest = registry.digest_of(tag)
+    except RepositoryUnavailableError:
+        if _may_have_been_pushed():
+            raise
+        return None
+    if digest is None and history(registry, tag):
+        raise InputError(
+            f"{registry.repository}:{tag}: the tag is gone, and images were promoted to it; promote one of them again"
+        )
+    return digest
+
+
+def _may_have_been_pushed() -> bool:
+    """Whether a workflow here has verified a pushed image, or GitHub cannot be asked about that."""
+    return not os.environ.get("GITHUB_TOKEN") or Forge.of_this_run().keeper(VERIFIED, BRANCHES) is not None
 
 
 def _publish(options: argparse.Namespace, text: str) -> None:
@@ -116,6 +152,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     checked.add_argument("--summary", type=Path, metavar="FILE", help="Markdown to append to, such as a job's summary")
     checked.add_argument("--patience", type=float, default=600, metavar="SECONDS", help="for loading (default: 600)")
+    pulled = commands.add_parser("pull", help="only pull", description=pull_published.__doc__)
+    pulled.set_defaults(command=pull_published)
+    pulled.add_argument("image", help="REPOSITORY:TAG")
+    pulled.add_argument("--github-output", type=Path, metavar="FILE", help="write `image` there, as a step's output")
     told = commands.add_parser("tell", help="open, renew or close the issue", description=tell.__doc__)
     told.set_defaults(command=tell)
     told.add_argument("report", type=Path, help="what check wrote")

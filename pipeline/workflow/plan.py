@@ -1,16 +1,19 @@
 """Decides what a run of the pipeline workflow does, and says what it lacks for more: python3 -m pipeline.workflow.plan.
 
-Reads what GitHub gives a job (the dispatch's inputs, the repository's variables, whether secrets are set) and writes
-the outputs `config`, `settings`, `push`, `repository`, `registry`, `tag`. A fork without a single secret gets a green
-run that builds and tests its image and pushes nothing; the job summary then names what to set for what. A configuration
-that cannot be built, for want of a token or by a setting out of range, is an error before any machine time is spent.
+Reads what GitHub gives a job (the dispatch's inputs, the repository's variables, whether secrets are set, whether the
+repository is private) and writes the outputs of `Plan`. A fork without a single secret gets a green run that builds
+and tests its image and pushes nothing; the job summary then names what to set for what. A configuration that cannot be
+built, for want of a token, by a setting out of range or for want of storage, is an error before machine time is spent.
+
+With `--published` it says where the images are (repository, registry, tag), which takes no account, and no more.
 """
 
+import argparse
 import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,23 @@ from typing import Any
 from model.errors import InputError
 from pipeline.configs import Config, named_config, with_settings
 
+VARIABLES = (
+    "DOCKERHUB_USERNAME", "EMERALD_IMAGE", "EMERALD_CONFIG", "EMERALD_SETTINGS", "EMERALD_CPU", "EMERALD_ATTEST",
+    "EMERALD_SIGN", "EMERALD_ARTIFACT_GB", "AWS_ROLE",
+)  # fmt: skip
+"""Variables of a repository that a plan depends on, each given as an environment variable of its name."""
 DEFAULT_CPU = "aarch64"
 """What programs are compiled for unless the variable EMERALD_CPU names another family: every Arm server since
 Graviton 2 runs it, and KleidiAI picks its kernels for the CPU it meets."""
 AS_CONFIGURED = "as configured"
 REPOSITORY = re.compile(r"[a-z0-9.:-]+(?:/[a-z0-9._-]+)+")
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+RETENTION_DAYS = {"public": 90, "private": 7}
+"""How long GitHub keeps artifacts: as long as it may where that is free, and not long where it is paid for."""
+ARTIFACT_GB = {"embedded": 0.3, "llama31-8b": 4.9}
+"""What a run keeps as artifacts: the engine, the embedder, the answers."""
+FREE_ARTIFACT_GB = 0.5
+"""Storage of artifacts that GitHub's free plan gives a private repository; public ones have no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +49,23 @@ class Asked:
     variables: Mapping[str, str]
     dockerhub_token: bool
     hf_token: bool
+    private: bool
 
     @classmethod
     def from_environment(cls) -> "Asked":
         return cls(
             event=os.environ["GITHUB_EVENT_NAME"],
             inputs=json.loads(os.environ["INPUTS"]) or {},
-            variables=json.loads(os.environ["VARIABLES"]) or {},
+            variables=variables_of(os.environ),
             dockerhub_token=os.environ["HAS_DOCKERHUB_TOKEN"] == "true",
             hf_token=os.environ["HAS_HF_TOKEN"] == "true",
+            private=os.environ["PRIVATE"] == "true",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run does."""
+    """What a run does; the fields are the outputs of its step."""
 
     config: str
     settings: str
@@ -58,21 +74,44 @@ class Plan:
     repository: str
     """Where the image goes, such as docker.io/NAME/emerald; empty if nowhere."""
     tag: str
+    attest: bool
+    """Whether verdicts, contents and provenance are attested: in a private repository that takes a paid plan."""
+    sign: bool
+    """Whether the image is signed without a key, which writes the repository's name into a public log."""
+    retention_days: int
+
+    @property
+    def registry(self) -> str:
+        return self.repository.partition("/")[0]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """Writes the outputs and the summary; 2 if what was asked for cannot be done."""
+    parser = argparse.ArgumentParser(prog="python3 -m pipeline.workflow.plan", description=__doc__.splitlines()[0])
+    parser.add_argument("--published", action="store_true", help="only say where the images are")
+    options = parser.parse_args(arguments)
     try:
+        if options.published:
+            repository = repository_of(variables_of(os.environ))
+            _append("GITHUB_OUTPUT", f"repository={repository}\nregistry={repository.partition('/')[0]}\ntag=latest\n")
+            print(repository, flush=True)
+            return 0
         asked = Asked.from_environment()
         plan = planned(asked)
     except InputError as fault:
         print(f"::error::{fault}", flush=True)
         return 2
-    outputs = {**vars(plan), "push": json.dumps(plan.push), "registry": plan.repository.partition("/")[0]}
-    _append("GITHUB_OUTPUT", "".join(f"{name}={value}\n" for name, value in outputs.items()))
+    outputs = {**vars(plan), "registry": plan.registry}
+    lines = [f"{name}={json.dumps(value) if isinstance(value, bool) else value}" for name, value in outputs.items()]
+    _append("GITHUB_OUTPUT", "\n".join([*lines, ""]))
     _append("GITHUB_STEP_SUMMARY", summary(asked, plan))
     print(summary(asked, plan), flush=True)
     return 0
+
+
+def variables_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """The repository's variables that are set."""
+    return {name: environment[name] for name in VARIABLES if environment.get(name)}
 
 
 def planned(asked: Asked) -> Plan:
@@ -96,8 +135,40 @@ def planned(asked: Asked) -> Plan:
         raise InputError(f"tag {tag!r}: a tag has letters, digits, dots, dashes and underscores; choose another")
     wished = asked.event == "push" or bool(asked.inputs.get("push"))
     account = asked.dockerhub_token and bool(asked.variables.get("DOCKERHUB_USERNAME"))
-    repository = _repository(asked) if wished and account else ""
-    return Plan(config=name, settings=settings, push=bool(repository), repository=repository, tag=tag)
+    repository = repository_of(asked.variables) if wished and account else ""
+    _require_storage(asked, name)
+    return Plan(
+        config=name,
+        settings=settings,
+        push=bool(repository),
+        repository=repository,
+        tag=tag,
+        attest=not asked.private or _is_on(asked, "EMERALD_ATTEST"),
+        sign=not asked.private or _is_on(asked, "EMERALD_SIGN"),
+        retention_days=RETENTION_DAYS["private" if asked.private else "public"],
+    )
+
+
+def _require_storage(asked: Asked, config: str) -> None:
+    """Raises InputError for a private repository whose artifacts would not fit, as would show after hours of work."""
+    text = asked.variables.get("EMERALD_ARTIFACT_GB", str(FREE_ARTIFACT_GB))
+    try:
+        has = float(text)
+    except ValueError as fault:
+        raise InputError(f"variable EMERALD_ARTIFACT_GB = {text!r}: expected a number of GB, such as 50") from fault
+    needs = ARTIFACT_GB[config]
+    if asked.private and needs > has:
+        raise InputError(
+            f"configuration {config} keeps {needs:g} GB of artifacts, and a private repository has {has:g} GB: make "
+            "the repository public, or pay for storage and set the variable EMERALD_ARTIFACT_GB to what the account has"
+        )
+
+
+def _is_on(asked: Asked, name: str) -> bool:
+    value = asked.variables.get(name, "false")
+    if value not in ("true", "false"):
+        raise InputError(f"variable {name} = {value!r}: expected true or false")
+    return value == "true"
 
 
 def _settings(asked: Asked) -> str:
@@ -113,11 +184,17 @@ def _settings(asked: Asked) -> str:
     return "; ".join(part.strip() for part in chosen if part.strip())
 
 
-def _repository(asked: Asked) -> str:
+def repository_of(variables: Mapping[str, str]) -> str:
     """EMERALD_IMAGE, or the user's own on Docker Hub. A first part without a dot or a port is a name there, too."""
-    name = asked.variables.get("EMERALD_IMAGE") or f"{asked.variables['DOCKERHUB_USERNAME'].lower()}/emerald"
+    user = variables.get("DOCKERHUB_USERNAME", "").lower()
+    name = variables.get("EMERALD_IMAGE") or (f"{user}/emerald" if user else "")
+    if not name:
+        raise InputError(
+            "no image is known: set the variable DOCKERHUB_USERNAME, or EMERALD_IMAGE for another registry"
+        )
     if not REPOSITORY.fullmatch(name):
-        raise InputError(f"variable EMERALD_IMAGE = {name!r}: expected REGISTRY/NAMESPACE/NAME in lower case, no tag")
+        variable = "EMERALD_IMAGE" if variables.get("EMERALD_IMAGE") else "DOCKERHUB_USERNAME"
+        raise InputError(f"variable {variable} gives {name!r}: expected REGISTRY/NAMESPACE/NAME in lower case, no tag")
     first = name.partition("/")[0]
     return name if "." in first or ":" in first or first == "localhost" else f"docker.io/{name}"
 
@@ -131,6 +208,7 @@ def summary(asked: Asked, plan: Plan) -> str:
         f"Builds and tests an image of **{config.fetch.model_id}** (`{plan.config}`, {config.quantize.scheme}), and "
         f"{target}.",
         f"Settings: `{plan.settings}`",
+        *_reservations(asked, plan),
     ]
     wishes = {
         "Push the image to Docker Hub": [
@@ -152,6 +230,26 @@ def summary(asked: Asked, plan: Plan) -> str:
     return "\n\n".join([*lines, "\n".join(table)]) + "\n"
 
 
+def _reservations(asked: Asked, plan: Plan) -> list[str]:
+    """What a private repository does without, and how to have it."""
+    if not asked.private:
+        return []
+    lines = [
+        f"This repository is private: what was built is kept for {plan.retention_days} days, and then built again."
+    ]
+    if not plan.attest:
+        lines.append(
+            "Nothing is attested, which takes GitHub Enterprise Cloud; with it, set the variable `EMERALD_ATTEST` to "
+            "`true`."
+        )
+    if not plan.sign:
+        lines.append(
+            "The image is not signed: that would write this repository's name into Sigstore's public log. If it may, "
+            "set the variable `EMERALD_SIGN` to `true`."
+        )
+    return lines
+
+
 def _append(variable: str, text: str) -> None:
     if file := os.environ.get(variable):
         with Path(file).open("a", encoding="utf-8") as opened:
@@ -159,4 +257,4 @@ def _append(variable: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -4,8 +4,9 @@
 #     tests/image/engine.sh amd64 .venv/bin/python -m pytest tests/image        (arm64: emulated on an x86-64 machine)
 #
 # Where an engine answers, the command gets that one, and images are built on the Dockerfile's own base. Elsewhere
-# Debian's packages become an engine of this run alone, with its data in build/docker and its socket in a new folder,
-# stopped when the command ends. It knows no hub, so the base is made here too, by debootstrap, once. Such machines often
+# Debian 13's packages (Docker 26: BuildKit, and images saved in OCI's layout, as on GitHub's runners) become an engine of
+# this run alone, unpacked in build/docker/engine, with its data beside it and its socket in a new folder, stopped when the
+# command ends. It knows no hub, so the base is made here too, by debootstrap, once. Such machines often
 # reach package indexes by ways of their own (proxies, certificates, mirrors): pip of this machine, which knows them,
 # brings the wheels into the image in which packages are installed, and nothing of that is in the image that is built.
 #
@@ -14,7 +15,10 @@ set -euo pipefail
 
 SUITE=bookworm PYTHON=3.11 GLIBC=36 # a Debian release, and the Python and the minor version of glibc 2 it ships
 PACKAGES=ca-certificates,python3,python3-pip,python3-venv
+ENGINE_SUITE=trixie
+ENGINE_PACKAGES=(docker.io docker-cli docker-buildx containerd)
 HOME_FOLDER=build/docker
+PLUGINS=/usr/local/lib/docker/cli-plugins
 declare -A MACHINES=([amd64]=x86_64 [arm64]=aarch64)
 
 main() {
@@ -44,9 +48,43 @@ main() {
 need_tools() {
     local tool
     [ -x .venv/bin/python ] || stop "no .venv: run make setup"
-    for tool in dockerd docker-registry debootstrap; do
-        command -v $tool >/dev/null || install docker.io docker-registry debootstrap debian-archive-keyring
+    for tool in runc iptables docker-registry debootstrap; do
+        command -v $tool >/dev/null || install runc iptables docker-registry debootstrap debian-archive-keyring
     done
+    make_engine
+    PATH=$PWD/$HOME_FOLDER/engine/usr/sbin:$PWD/$HOME_FOLDER/engine/usr/bin:$PATH
+    # where Docker's command line looks for plugins, whatever configuration a command has
+    [ -e $PLUGINS/docker-buildx ] || {
+        mkdir -p $PLUGINS
+        ln -sfn "$PWD/$HOME_FOLDER/engine/usr/libexec/docker/cli-plugins/docker-buildx" $PLUGINS/docker-buildx
+    }
+}
+
+# Docker of a newer Debian than this machine's: its programs need little of the system, and are unpacked, not installed.
+make_engine() {
+    local folder=$HOME_FOLDER/engine stamp lists
+    stamp=$({ declare -f make_engine; echo "$ENGINE_SUITE ${ENGINE_PACKAGES[*]}"; } | sha256sum)
+    [ "$(cat $folder/made-by 2>/dev/null)" != "$stamp" ] || return 0
+    say "unpacking Docker of Debian $ENGINE_SUITE into $folder"
+    rm -rf $folder $folder.partial
+    mkdir -p $folder.partial/apt/lists/partial $folder.partial/apt/archives/partial
+    lists=$PWD/$folder.partial/apt
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $(mirror) $ENGINE_SUITE main" >"$lists/sources.list"
+    local options=(-o Dir::Etc::SourceList="$lists/sources.list" -o Dir::Etc::SourceParts=/dev/null
+        -o Dir::State::Lists="$lists/lists" -o Dir::Cache="$lists" -o APT::Sandbox::User=root)
+    apt-get "${options[@]}" update -qq || stop "apt-get cannot read the list of packages of Debian $ENGINE_SUITE"
+    (cd "$lists" && apt-get "${options[@]}" download -qq "${ENGINE_PACKAGES[@]}" >/dev/null) ||
+        stop "apt-get cannot download ${ENGINE_PACKAGES[*]} of Debian $ENGINE_SUITE"
+    for package in "$lists"/*.deb; do dpkg-deb --extract "$package" $folder.partial; done
+    rm -r "$lists"
+    echo "$stamp" >$folder.partial/made-by
+    mv $folder.partial $folder
+}
+
+# Debian's mirror that apt uses here.
+mirror() {
+    # shellcheck disable=SC2016 # the $(…) is apt's
+    apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Component: main' | head -n 1
 }
 
 install() {
@@ -57,9 +95,6 @@ install() {
     "${root[@]}" apt-get update -qq
     "${root[@]}" apt-get install -qq -y --no-install-recommends "$@" >/dev/null
 }
-
-# The client that came with the engine: a newer one refuses to build with it.
-docker() { /usr/bin/docker "$@"; }
 
 start_engine() {
     mkdir -p $HOME_FOLDER
@@ -91,29 +126,37 @@ made() { docker image inspect "$1" >/dev/null 2>&1; }
 make_base() {
     base=emerald-base:$arch-$({ declare -f make_base load; echo $SUITE $PACKAGES; } | sha256sum | head -c 12)
     made "$base" && return
-    local root=$HOME_FOLDER/root-$arch
+    local folder=$HOME_FOLDER/root-$arch
     say "making a base image of Debian $SUITE for $arch (some minutes, once)"
-    rm -rf $root
-    debootstrap --arch=$arch --variant=minbase --include=$PACKAGES $SUITE $root >$root.log 2>&1 ||
-        stop "debootstrap failed: see $root.log"
-    rm -rf $root/var/cache/apt/archives/*.deb $root/var/lib/apt/lists/* $root/usr/share/man $root/usr/share/locale
-    tar --directory $root --create --file $root.tar .
-    rm -rf $root
-    load $root.tar
-    rm $root.tar
+    rm -rf $folder
+    debootstrap --arch=$arch --variant=minbase --include=$PACKAGES $SUITE $folder >$folder.log 2>&1 ||
+        stop "debootstrap failed: see $folder.log"
+    rm -rf $folder/var/cache/apt/archives/*.deb $folder/var/lib/apt/lists/* $folder/usr/share/man $folder/usr/share/locale
+    # in two layers that both call apt-get in their history, as the official Python images have
+    tar --directory $folder --create --file $folder-1.tar --exclude ./usr/share/doc .
+    tar --directory $folder --create --file $folder-2.tar ./usr/share/doc
+    rm -rf $folder
+    load $folder-1.tar $folder-2.tar
+    rm $folder-1.tar $folder-2.tar
 }
 
-# load LAYER: the base image of that one layer, as docker save would write it. (Older engines' import calls whatever it is
-# given an image of the machine's own architecture, and a build for another refuses it at its first COPY --from.)
+# load LAYER...: the base image of these layers, as docker save would write it. (Importing calls whatever it is given an
+# image of the machine's own architecture, and a build for another refuses it at its first COPY --from.)
 load() {
-    local folder
+    local folder layer history=() digests=() names=()
     folder=$(mktemp -d "$run/load.XXXXXX")
+    for layer; do
+        history+=('{"created_by": "RUN /bin/sh -c apt-get update; apt-get install"}')
+        digests+=("\"sha256:$(sha256sum <"$layer" | head -c 64)\"")
+        names+=("\"$(basename "$layer")\"")
+        ln -s "$PWD/$layer" "$folder/$(basename "$layer")"
+    done
+    local IFS=,
     {
-        printf '{"architecture": "%s", "os": "linux", "config": {}, "history": [{"created_by": "debootstrap"}], ' "$arch"
-        printf '"rootfs": {"type": "layers", "diff_ids": ["sha256:%s"]}}' "$(sha256sum <"$1" | head -c 64)"
+        printf '{"architecture": "%s", "os": "linux", "config": {}, "history": [%s], ' "$arch" "${history[*]}"
+        printf '"rootfs": {"type": "layers", "diff_ids": [%s]}}' "${digests[*]}"
     } >"$folder/config.json"
-    printf '[{"Config": "config.json", "RepoTags": ["%s"], "Layers": ["layer.tar"]}]' "$base" >"$folder/manifest.json"
-    ln -s "$PWD/$1" "$folder/layer.tar"
+    printf '[{"Config": "config.json", "RepoTags": ["%s"], "Layers": [%s]}]' "$base" "${names[*]}" >"$folder/manifest.json"
     tar --directory "$folder" --dereference --create . | docker load --quiet >/dev/null
 }
 
@@ -132,7 +175,7 @@ make_builder() {
         --python-version $PYTHON --dest $folder/wheels --requirement $folder/wanted.txt
     printf '[global]\nno-index = true\nfind-links = /wheels\n' >$folder/pip.conf
     printf 'FROM %s\nCOPY wheels /wheels\nCOPY pip.conf /etc/pip.conf\n' "$base" >$folder/Dockerfile
-    DOCKER_BUILDKIT=0 docker build -q --platform linux/$arch -t "$builder" $folder >/dev/null
+    DOCKER_BUILDKIT=1 docker build -q --platform linux/$arch -t "$builder" $folder >/dev/null
 }
 
 # The pins of this architecture for all that serving and Lambda need. pip says what that is on this machine; the locks

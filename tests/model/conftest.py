@@ -31,7 +31,7 @@ from model.recipe import Recipe
 from model.sampling import Sampling
 from model.tokenizer import Tokenizer, chat_settings
 from pipeline.configs import ExportConfig, FetchConfig, embedded
-from pipeline.windows import CALIBRATION_TEXT
+from pipeline.stages import CALIBRATION_TEXT
 from tests.conftest import ROOT, TINY, write_tiny_model
 
 ASCII_TOKENS = slice(2, 96)

@@ -11,7 +11,7 @@ from model.engine import Engine
 from model.llama import Network
 from model.networks import Int4Folder, quantized_network
 from pipeline.configs import embedded
-from pipeline.windows import CALIBRATION_TEXT
+from pipeline.stages import CALIBRATION_TEXT
 from tests.conftest import ROOT
 from tests.model.conftest import assert_chosen_as_by_the_reference, export
 

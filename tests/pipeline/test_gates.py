@@ -18,8 +18,9 @@ from model.tokenizer import Tokenizer
 from pipeline import gate_quality, report
 from pipeline.configs import GateQualityConfig, ReportConfig
 from pipeline.gate_quality import compare_logits
+from pipeline.stages import CALIBRATION_TEXT
 from pipeline.verdict import Check
-from pipeline.windows import CALIBRATION_TEXT, DOCUMENT_BREAK, Text, check_apart, text_windows
+from pipeline.windows import DOCUMENT_BREAK, Text, check_apart, text_windows
 from tests.conftest import ROOT
 from tests.pipeline.conftest import Ended, Run, cli, from_folder
 

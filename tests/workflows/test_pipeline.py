@@ -3,13 +3,14 @@
 import json
 import re
 
-from tests.image.conftest import PASSWORD, log_in
+from tests.image.conftest import PASSWORD
 from tests.workflows.conftest import Account, Fork, Promotion, Ran, commit, forget_images
 
 LARGE = 20_000_000
 """Bytes of a layer that no edited answer may send again."""
+BUILT = ("uploaded weights", "uploaded embedder", "uploaded answers", "uploaded verdicts")
 PUSHING = {"image/verify", "image/promote"}
-ALL_JOBS = {"plan", "weights/quantize", "cache/certify", "gates/judge", "image/build", "pipeline", *PUSHING}
+ALL_JOBS = {"doctor", "plan", "weights/quantize", "cache/certify", "gates/judge", "image/build", "pipeline", *PUSHING}
 
 
 def test_a_fresh_fork_without_a_secret_is_green_and_pushes_nothing(built: tuple[Fork, Ran], account: Account) -> None:
@@ -40,7 +41,7 @@ def test_the_same_push_again_builds_and_uploads_nothing_new(promoted: Promotion,
     ran = fork.run()
     ran.require_green()
     assert account.tags()["latest"] == promoted.digest
-    assert not [line for line in fork.log() if line.startswith(("saved", "uploaded weights"))]
+    assert not [line for line in fork.log() if line.startswith(BUILT)]
     assert re.search(r"\b0 layers pushed, \d+ were there", ran.log)
 
 
@@ -63,7 +64,8 @@ def test_an_edited_answer_gets_a_new_image_and_no_new_weights(
     ran.require_green()
     said = "\n".join(fork.log())
     assert "downloaded weights" in said and "uploaded weights" not in said
-    assert "began from answers" in said and "saved answers" in said
+    assert "downloaded embedder" in said and "uploaded embedder" not in said
+    assert "uploaded answers" in said
     assert re.search(r"\bbuild_cache: ", ran.log)
     assert not re.search(r"\b(quantize|export|train_embedder|export_embedder): ", ran.log)
     after = account.tags()["latest"]
@@ -75,7 +77,7 @@ def test_an_edited_answer_gets_a_new_image_and_no_new_weights(
 
 def test_damaged_weights_are_made_and_kept_anew(fork: Fork) -> None:
     """What an earlier run has kept is not what it wrote."""
-    (kept,) = fork.store.glob("artifacts/*/weights-*")
+    (kept,) = fork.kept("weights")
     report = kept / "reports/quality.json"
     report.write_text(report.read_text(encoding="utf-8") + " ", encoding="utf-8")
     ran = fork.run()
@@ -115,26 +117,54 @@ def test_a_slow_program_stops_it(fork: Fork, account: Account) -> None:
     assert account.tags() == before
 
 
+FORGE = """      - name: Forge the certificate
+        run: |
+          sed -i 's/"risk": 0.02/"risk": 0.03/' "$EMERALD_TEST_STORE"/artifacts/*/answers-*/certificate.json
+"""
+
+
 def test_a_forged_certificate_stops_it(fork: Fork, account: Account) -> None:
     """One digit of the kept certificate is another, between the job that made it and those that read it."""
     before = account.tags()
-    fork.tamper("answers", "build/embedded/certificate.json", '"risk": 0.02', '"risk": 0.03')
+    workflow = fork.tree / ".github/workflows/cache.yml"
+    workflow.write_text(workflow.read_text(encoding="utf-8") + FORGE, encoding="utf-8")
+    commit(fork.tree, "Forge the certificate")
     ran = fork.run()
     ran.require_red("gates/judge")
     assert "certify_cache is out of date: output certificate.json is missing or not what this stage wrote" in ran.log
     assert account.tags() == before
 
 
-def test_a_stale_certificate_stops_it(fork: Fork, account: Account) -> None:
-    """What was certified before an answer was edited is kept under the key of what it is now."""
-    before = account.tags()
-    (kept,) = fork.store.glob("caches/answers-*")
+def test_a_stale_certificate_is_made_anew(promoted: Promotion, fork: Fork, account: Account) -> None:
+    """What was certified before an answer was edited is kept under the name of what it is now."""
+    (kept,) = fork.kept("answers")
     edit_an_answer(fork)
-    kept.rename(kept.with_name(f"answers-{fork.key('certify_cache')}"))
+    name = fork.name("answers", "certify_cache")
+    kept.rename(kept.with_name(name))
     ran = fork.run()
-    ran.require_red("gates/judge")
+    ran.require_green()
     assert "build_cache is out of date" in ran.log
-    assert account.tags() == before
+    assert f"uploaded {name}" in fork.log()
+    assert account.tags()["latest"] != promoted.digest
+
+
+def test_what_has_expired_is_built_again(promoted: Promotion, fork: Fork, account: Account) -> None:
+    """Answers alone, as after a setting of the repository; a deployment of them says what to run."""
+    for prefix in ("answers", "embedder", "verdicts"):
+        fork.expire(prefix)
+    fork.variables |= {
+        "AWS_ROLE": "role",
+        "AWS_REGION": "region",
+        "EMERALD_API_KEYS": "public",
+        "EMERALD_CPU": "aarch64",
+    }
+    assert re.search(r"no run keeps (weights|answers)-\w+: run the workflow pipeline, which makes it", refused(fork))
+    fork.variables["EMERALD_CPU"] = "native"
+    ran = fork.run()
+    ran.require_green()
+    said = "\n".join(fork.log())
+    assert "uploaded answers" in said and "uploaded embedder" in said and "uploaded weights" not in said
+    assert "was trained on just this: no training" in ran.log
 
 
 def test_an_image_that_is_never_healthy_stops_it(fork: Fork, account: Account) -> None:
@@ -170,14 +200,53 @@ def test_a_missing_licence_stops_it(fork: Fork, account: Account) -> None:
     assert account.tags() == before
 
 
-def test_a_known_hole_stops_it(fork: Fork, account: Account) -> None:
+def test_a_vulnerability_that_a_rebuild_mends_stops_it(fork: Fork, account: Account) -> None:
+    """And those that it cannot mend, which every other run here meets, are told of and stop nothing."""
     before = account.tags()
-    (fork.store / "known-holes").write_text("CVE-2026-0001\n")
-    try:
-        fork.run().require_red("image/build")
-    finally:
-        (fork.store / "known-holes").unlink()
+    fork.scanned("grype.json")
+    ran = fork.run()
+    ran.require_red("image/build")
     assert account.tags() == before
+
+
+def test_a_list_that_is_too_large_to_attest_is_refused_before_the_push(fork: Fork, account: Account) -> None:
+    before = account.registry.tags()
+    check = ".venv/bin/python -m pipeline.image.sbom sbom.spdx.json"
+    padded = f"head --bytes 17M /dev/zero | tr '\\0' ' ' >>sbom.spdx.json && {check}"
+    fork.edit(".github/workflows/image.yml", f"run: {check}", f"run: {padded}")
+    fork.run().require_red("image/build")
+    assert account.registry.tags() == before
+
+
+def test_a_private_fork_is_green_and_writes_its_name_nowhere(fork: Fork, account: Account) -> None:
+    """Attesting is refused there without a paid plan, and the log of keyless signatures is public."""
+    fork.private = True
+    ran = fork.run()
+    ran.require_green()
+    assert fork.lines("attested") == fork.lines("signed") == fork.lines("public-log") == []
+    assert "Nothing is attested" in ran.log and "The image is not signed" in ran.log
+
+
+def test_a_limit_of_requests_is_waited_for(fork: Fork, account: Account) -> None:
+    """Runners share addresses, and a registry's limit with all who use them."""
+    forget_images()
+    account.front.limited = 2
+    fork.run().require_green()
+    assert account.front.limited == 0
+
+
+def test_an_older_run_does_not_replace_what_a_newer_one_promoted(
+    promoted: Promotion, fork: Fork, account: Account
+) -> None:
+    """The newer one, of another group of concurrent runs, was faster."""
+    before = account.tags()["latest"]
+    account.record("latest-promoted-0999-{}-r999999", before)
+    edit_the_server(fork)
+    ran = fork.run()
+    account.forget("latest-promoted-0999")
+    ran.require_green()
+    assert account.tags()["latest"] == before
+    assert "A newer run has promoted another image, which stays" in ran.log or "not promoted" in ran.log
 
 
 def test_a_skipped_gate_stops_it(fork: Fork, account: Account) -> None:
@@ -233,11 +302,22 @@ def test_rolling_back_is_one_dispatch(promoted: Promotion, fork: Fork, account: 
     assert account.tags()["latest"] == first
 
 
+def test_the_canary_is_silent_before_anything_was_promoted(
+    built: tuple[Fork, Ran], fork: Fork, account: Account
+) -> None:
+    """A registry says of an unknown repository what it says of a private one; and EMERALD_IMAGE is enough to look."""
+    fork.variables = {"EMERALD_IMAGE": f"{account.repository}-of-nobody"}
+    fork.secrets = {}
+    ran = fork.run("schedule", workflow="monitor.yml")
+    ran.require_green()
+    assert "Nothing was promoted" in ran.log
+    assert fork.issues == []
+
+
 def test_the_canary_reports_a_registry_that_lost_a_layer_until_it_has_it_again(
     promoted: Promotion, fork: Fork, account: Account
 ) -> None:
     """As it runs every day, on a machine that never saw the image. This registry asks for a password to read, too."""
-    log_in(fork.store / "docker", account.registry.port, PASSWORD)
 
     def sing() -> Ran:
         forget_images()
@@ -255,17 +335,27 @@ def test_the_canary_reports_a_registry_that_lost_a_layer_until_it_has_it_again(
     assert issue["state"] == "closed"
 
 
+def test_the_weekly_scan_opens_one_issue_of_what_can_be_mended(
+    promoted: Promotion, fork: Fork, account: Account
+) -> None:
+    for report, state in (("grype.json", "open"), ("grype-unfixable.json", "closed")):
+        fork.scanned(report)
+        fork.run("schedule", workflow="scan.yml")
+        (issue,) = fork.issues
+        assert issue["state"] == state and issue["labels"] == ["vulnerabilities"]
+
+
 def test_a_deployment_says_what_it_lacks_before_it_builds(fork: Fork) -> None:
     """The rest of it takes an Arm machine and an AWS account."""
-    inputs = {"config": "embedded", "stack": "emerald", "repository": "emerald", "url": "iam"}
     for name, value in (("AWS_ROLE", "role"), ("AWS_REGION", "region"), ("EMERALD_API_KEYS", "digest")):
-        assert f"set the variable {name}: see deploy/lambda/README.md" in refused(fork, inputs)
+        assert f"set the variable {name}: see deploy/lambda/README.md" in refused(fork)
         fork.variables[name] = value
-    assert "EMERALD_CPU is native, and Lambda runs aarch64 alone" in refused(fork, inputs)
+    assert "EMERALD_CPU is native, and Lambda runs aarch64 alone" in refused(fork)
 
 
-def refused(fork: Fork, inputs: dict[str, str]) -> str:
+def refused(fork: Fork) -> str:
     """What a deployment said that did not begin."""
+    inputs = {"config": "embedded", "stack": "emerald", "repository": "emerald", "url": "iam"}
     ran = fork.run("workflow_dispatch", inputs, workflow="deploy-lambda.yml")
     assert ran.jobs == {"deploy-lambda/deploy": False}
     return ran.log

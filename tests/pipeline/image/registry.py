@@ -4,15 +4,22 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from urllib.parse import parse_qs, urlsplit
 
-NAME, PASSWORD, TOKEN = "anne", "secret word", "a-token"
+NAME, PASSWORD, TOKEN, STRANGERS_TOKEN = "anne", "secret word", "a-token", "a-strangers-token"
+REPOSITORY = "anne/emerald"
+HANG_UP = 0
+"""A fault that is no answer at all."""
 MEDIA_TYPE = "application/vnd.oci.image.manifest.v1+json"
+
+
+def _freely(_port: int) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass
@@ -21,6 +28,8 @@ class Hub:
 
     asks: str = "nothing"
     """"nothing", "basic" or "bearer"."""
+    open: bool = False
+    """With "bearer": strangers get a token too. It reads what is there, and is answered 401 where nothing is."""
     page: int = 1000
     """Tags in a page."""
     tags: dict[str, str] = field(default_factory=dict)
@@ -29,6 +38,12 @@ class Hub:
     """Every request, as "METHOD path"."""
     fails_at: str = ""
     """Requests to paths that end so are answered with 500."""
+    faults: list[int] = field(default_factory=list)
+    """Each is the status that answers one request, before any other is served."""
+    retry_after: str = ""
+    """The header of that name, with faults."""
+    around: Callable[[int], AbstractContextManager[None]] = _freely
+    """Entered around every request, with the port that it came to."""
     refresh_token: str = ""
     """An identity token that buys a token too."""
     port: int = 0
@@ -43,7 +58,7 @@ class Hub:
 
     @property
     def repository(self) -> str:
-        return f"127.0.0.1:{self.port}/anne/emerald"
+        return f"127.0.0.1:{self.port}/{REPOSITORY}"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -52,16 +67,10 @@ class Handler(BaseHTTPRequestHandler):
     server: "Server"
 
     def do_GET(self) -> None:
-        self._serve()
+        with self.server.hub.around(self.server.server_address[1]):
+            self._serve()
 
-    def do_HEAD(self) -> None:
-        self._serve()
-
-    def do_PUT(self) -> None:
-        self._serve()
-
-    def do_POST(self) -> None:
-        self._serve()
+    do_HEAD = do_PUT = do_POST = do_GET
 
     def log_message(self, *_arguments: object) -> None:
         pass
@@ -70,9 +79,11 @@ class Handler(BaseHTTPRequestHandler):
         hub, parts = self.server.hub, urlsplit(self.path)
         self._body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
         hub.log.append(f"{self.command} {parts.path}")
-        if parts.path == "/token":
+        if hub.faults:
+            self._fail(hub.faults.pop(0), hub)
+        elif parts.path == "/token":
             self._give_token(hub)
-        elif not self._admitted(hub):
+        elif not self._admitted(hub, parts.path):
             challenge = f'Bearer realm="http://127.0.0.1:{hub.port}/token",service="hub"'
             self._send(401, b"{}", {"WWW-Authenticate": challenge if hub.asks == "bearer" else 'Basic realm="hub"'})
         elif hub.fails_at and parts.path.endswith(hub.fails_at):
@@ -82,16 +93,24 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._manifest(hub, parts.path.rpartition("/")[2])
 
-    def _admitted(self, hub: Hub) -> bool:
+    def _fail(self, status: int, hub: Hub) -> None:
+        if status != HANG_UP:
+            self._send(status, b"toomanyrequests", {"Retry-After": hub.retry_after} if hub.retry_after else {})
+
+    def _admitted(self, hub: Hub, path: str) -> bool:
+        given = self.headers.get("Authorization")
+        if hub.open and given == f"Bearer {STRANGERS_TOKEN}":
+            return self.command != "PUT" and path.startswith(f"/v2/{REPOSITORY}/")
         wanted = {"nothing": "", "bearer": f"Bearer {TOKEN}", "basic": _basic(NAME, PASSWORD)}[hub.asks]
-        return not wanted or self.headers.get("Authorization") == wanted
+        return not wanted or given == wanted
 
     def _give_token(self, hub: Hub) -> None:
         bought = self.headers.get("Authorization") == _basic(NAME, PASSWORD)
         form = parse_qs(self._body.decode())
         if form.get("grant_type") == ["refresh_token"]:
             bought = form["refresh_token"] == [hub.refresh_token]
-        self._send(200 if bought else 401, json.dumps({"token": TOKEN} if bought else {}).encode())
+        token = TOKEN if bought else STRANGERS_TOKEN if hub.open and "Authorization" not in self.headers else None
+        self._send(200 if token else 401, json.dumps({"token": token} if token else {}).encode())
 
     def _list(self, hub: Hub, query: dict[str, list[str]]) -> None:
         tags = sorted(hub.tags)
@@ -139,9 +158,9 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving() -> Iterator[Hub]:
-    """A registry while the block runs."""
-    with Server(Hub()) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+def serving(hub: Hub | None = None) -> Iterator[Hub]:
+    """A registry while the block runs: a new one, or one more port of a hub that is served already."""
+    with Server(hub or Hub()) as server:
+        Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server.hub
         server.shutdown()

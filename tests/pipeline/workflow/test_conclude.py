@@ -13,7 +13,7 @@ OTHER = "sha256:" + 64 * "b"
 
 def needs(push: str = "true", **digests: str) -> dict[str, dict[str, Any]]:
     image = {"pushed": DIGEST, "verified": DIGEST, "promoted": DIGEST, **digests} if push == "true" else digests
-    jobs = {name: {"result": "success", "outputs": {}} for name in ("weights", "cache", "gates")}
+    jobs = {name: {"result": "success", "outputs": {}} for name in ("doctor", "weights", "cache", "gates")}
     return {
         "plan": {"result": "success", "outputs": {"push": push}},
         **jobs,
@@ -26,7 +26,7 @@ def test_all_as_planned(push: str) -> None:
     assert shortfalls(needs(push)) == []
 
 
-@pytest.mark.parametrize("job", ["plan", "weights", "cache", "gates", "image"])
+@pytest.mark.parametrize("job", ["doctor", "plan", "weights", "cache", "gates", "image"])
 @pytest.mark.parametrize("result", ["failure", "cancelled", "skipped"])
 def test_any_other_end_of_any_job_is_red(job: str, result: str) -> None:
     found = needs()
@@ -44,6 +44,12 @@ def test_a_job_that_is_no_longer_waited_for_is_red() -> None:
 @pytest.mark.parametrize("digest", [OTHER, ""])
 def test_what_is_pushed_verified_and_promoted_must_be_one_digest(step: str, digest: str) -> None:
     assert "not one digest" in shortfalls(needs(**{step: digest}))[0]
+
+
+def test_a_newer_runs_image_may_stay_promoted() -> None:
+    assert shortfalls(needs(promoted=OTHER, superseded="true")) == []
+    assert "not one digest" in shortfalls(needs(promoted="", superseded="true"))[0]
+    assert "not one digest" in shortfalls(needs(verified=OTHER, promoted=OTHER, superseded="true"))[0]
 
 
 def test_a_push_that_was_planned_and_skipped_is_red() -> None:

@@ -1,6 +1,5 @@
 """What a run of the pipeline workflow does, by what GitHub tells its first job."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 
 from model.errors import InputError
 from pipeline.configs import named_config, with_settings
-from pipeline.workflow.plan import Asked, main, planned, summary
+from pipeline.workflow.plan import VARIABLES, Asked, main, planned, summary
 
 ACCOUNT = {"DOCKERHUB_USERNAME": "Dorothy"}
 
@@ -21,6 +20,7 @@ def asked(
     *,
     dockerhub_token: bool = True,
     hf_token: bool = False,
+    private: bool = False,
 ) -> Asked:
     return Asked(
         event=event,
@@ -28,6 +28,7 @@ def asked(
         variables=ACCOUNT if variables is None else variables,
         dockerhub_token=dockerhub_token,
         hf_token=hf_token,
+        private=private,
     )
 
 
@@ -127,12 +128,15 @@ def environment(monkeypatch: pytest.MonkeyPatch, folder: Path, **changed: str) -
     given = {
         "GITHUB_EVENT_NAME": "push",
         "INPUTS": "null",
-        "VARIABLES": json.dumps(ACCOUNT),
+        **ACCOUNT,
         "HAS_DOCKERHUB_TOKEN": "true",
         "HAS_HF_TOKEN": "false",
+        "PRIVATE": "false",
         "GITHUB_OUTPUT": str(folder / "output"),
         "GITHUB_STEP_SUMMARY": str(folder / "summary"),
     }
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     for name, value in {**given, **changed}.items():
         monkeypatch.setenv(name, value)
 
@@ -148,6 +152,9 @@ def test_outputs_and_summary_as_github_reads_them(monkeypatch: pytest.MonkeyPatc
         "repository": "docker.io/dorothy/emerald",
         "registry": "docker.io",
         "tag": "latest",
+        "attest": "true",
+        "sign": "true",
+        "retention_days": "90",
     }
     assert (tmp_path / "summary").read_text().startswith("## Plan")
 
@@ -155,7 +162,70 @@ def test_outputs_and_summary_as_github_reads_them(monkeypatch: pytest.MonkeyPatc
 def test_a_refusal_is_an_annotation(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    environment(monkeypatch, tmp_path, VARIABLES='{"EMERALD_CONFIG": "gpt"}')
+    environment(monkeypatch, tmp_path, EMERALD_CONFIG="gpt")
     assert main() == 2
     assert capsys.readouterr().out.startswith("::error::no configuration 'gpt'")
     assert not (tmp_path / "output").exists()
+
+
+def test_a_private_repository_attests_and_signs_only_when_told() -> None:
+    """Attestations take a paid plan there, and a signature without a key stands in a public log."""
+    plain = asked(private=True)
+    plan = planned(plain)
+    assert (plan.attest, plan.sign, plan.retention_days) == (False, False, 7)
+    assert "Nothing is attested" in summary(plain, plan) and "Sigstore's public log" in summary(plain, plan)
+    told = asked(private=True, variables={**ACCOUNT, "EMERALD_ATTEST": "true", "EMERALD_SIGN": "true"})
+    assert (planned(told).attest, planned(told).sign) == (True, True)
+    assert "attested" not in summary(told, planned(told))
+    public = planned(asked())
+    assert (public.attest, public.sign, public.retention_days) == (True, True, 90)
+
+
+def test_a_private_repository_without_storage_is_refused_before_hours_of_work() -> None:
+    large = {**ACCOUNT, "EMERALD_CONFIG": "llama31-8b"}
+    with pytest.raises(
+        InputError, match=r"keeps 4.9 GB of artifacts, and a private repository has 0.5 GB.*ARTIFACT_GB"
+    ):
+        planned(asked(private=True, variables=large, hf_token=True))
+    paid = {**large, "EMERALD_ARTIFACT_GB": "50"}
+    assert planned(asked(private=True, variables=paid, hf_token=True)).config == "llama31-8b"
+    assert planned(asked(variables=large, hf_token=True)).config == "llama31-8b"
+    assert planned(asked(private=True)).config == "embedded"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("EMERALD_ATTEST", "yes"), ("EMERALD_SIGN", "True"), ("EMERALD_ARTIFACT_GB", "50 GB")]
+)
+def test_a_variable_of_another_form_is_named(name: str, value: str) -> None:
+    with pytest.raises(InputError, match=f"variable {name} = '{value}'"):
+        planned(asked(private=True, variables={**ACCOUNT, name: value}))
+
+
+@pytest.mark.parametrize(
+    ("variables", "repository"),
+    [
+        ({"EMERALD_IMAGE": "ghcr.io/oz/emerald"}, "ghcr.io/oz/emerald"),
+        ({"DOCKERHUB_USERNAME": "Dorothy"}, "docker.io/dorothy/emerald"),
+        ({"DOCKERHUB_USERNAME": "Dorothy", "EMERALD_IMAGE": "oz/city"}, "docker.io/oz/city"),
+    ],
+)
+def test_where_images_are_takes_no_account(
+    variables: dict[str, str], repository: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Monitor, scan and return need no more than the name."""
+    for name in (*VARIABLES, "GITHUB_EVENT_NAME", "INPUTS", "PRIVATE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**variables, "GITHUB_OUTPUT": str(tmp_path / "output")}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--published"]) == 0
+    outputs = dict(line.split("=", 1) for line in (tmp_path / "output").read_text().splitlines())
+    assert outputs == {"repository": repository, "registry": repository.partition("/")[0], "tag": "latest"}
+
+
+def test_where_no_image_is_known_says_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert main(["--published"]) == 2
+    assert "set the variable DOCKERHUB_USERNAME, or EMERALD_IMAGE" in capsys.readouterr().out
