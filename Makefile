@@ -135,6 +135,12 @@ lint-workflows: setup ## the workflows: schema, actionlint, zizmor, shellcheck, 
 	@$(WORKFLOW_TOOLS)
 	@$(RUN) -m pytest tests/workflows/test_lint.py $(ARGS)
 
+FIRST_PUSH := fresh_fork or vulnerability_that_a_rebuild
+test-first-push: setup ## of test-workflows, what a fork meets first: a push from nothing, and one planted defect (the same)
+	@$(WORKFLOW_TOOLS)
+	@tests/image/engine.sh $(if $(filter aarch64,$(shell uname -m)),arm64,amd64) \
+		$(RUN) -m pytest tests/workflows/test_pipeline.py -k "$(FIRST_PUSH)" $(ARGS)
+
 test-workflows: setup ## execute the workflows with act, from push to promotion, and with defects planted (needs Docker, root)
 	@$(WORKFLOW_TOOLS)
 	@tests/image/engine.sh $(if $(filter aarch64,$(shell uname -m)),arm64,amd64) $(RUN) -m pytest tests/workflows $(ARGS)
@@ -149,6 +155,9 @@ test-8b: setup ## the configuration llama31-8b, whole, in 16 GB of memory and 14
 
 lock: ## pin the newest versions that pyproject.toml allows (needs uv)
 	@sh requirements/lock.sh
+
+doctor: ## say what this machine or fork lacks
+	@$(PYTHON) -m pipeline.workflow.doctor --config $(CONFIG)
 
 clean: ## remove what was built, and the environment
 	rm -rf build .venv .pytest_cache .mypy_cache .ruff_cache

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from model.architecture import Architecture
 from model.checkpoint import INDEX
-from pipeline.__main__ import main
+from pipeline.command_line import main
 from tests.conftest import ROOT, write_tiny_model
 
 PATIENCE = 600.0

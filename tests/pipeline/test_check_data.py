@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.__main__ import main
 from pipeline.check_data import Findings, check
+from pipeline.command_line import main
 from tests.conftest import ROOT
 
 

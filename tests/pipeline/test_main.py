@@ -1,7 +1,10 @@
 """The command line's exit codes and tables, over tiny stages."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+from tests.conftest import ROOT
 from tests.pipeline.conftest import cli
 
 
@@ -99,3 +102,13 @@ def test_settings_shows_every_field_with_what_it_may_be(tree: Path) -> None:
     assert ["count.reply_tokens", "7", "a whole number of at least 1"] in [
         [part.strip() for part in line] for line in lines
     ]
+
+
+def test_without_its_packages_it_says_how_to_get_them() -> None:
+    """As a newcomer meets it who has run nothing yet; only the doctor is at work then."""
+    bare = [sys.executable, "-S", "-m", "pipeline"]  # without site-packages
+    refused = subprocess.run([*bare, "run"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "is not installed: run make setup" in refused.stderr and "Traceback" not in refused.stderr
+    examined = subprocess.run([*bare, "doctor"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "Python" in examined.stdout and "Traceback" not in examined.stderr

@@ -1,6 +1,7 @@
 """When a stage runs: over tiny stages, by the real command line in a process of its own."""
 
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from model.cpu import family
 from model.errors import InputError
 from pipeline.configs import ReportConfig
 from pipeline.fingerprint import imports_of
@@ -190,10 +192,11 @@ def test_what_is_published_of_a_stage_is_all_that_later_stages_need_elsewhere(bu
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(path.read_bytes())
     assert cli("run", "count", "--build", other, folder=built_tree).states == {"join": "unchanged", "count": "ran"}
-    # of both together nothing but the receipts is read by others
-    assert [Path(path).name for path in cli("key", "count", folder=built_tree).out.splitlines()[1:]] == [
-        "join.json",
-        "count.json",
+    # of both together nothing but reports and receipts is read by others
+    assert cli("key", "count", folder=built_tree).out.splitlines()[1:] == [
+        "build/embedded/reports/count.json",
+        "build/embedded/.receipts/join.json",
+        "build/embedded/.receipts/count.json",
     ]
 
 
@@ -355,3 +358,32 @@ def test_broken_table_is_bad_input(tree: Path) -> None:
     ended = cli("run", folder=tree)
     assert ended.code == 2
     assert "input typo.txt is written by no earlier stage" in ended.err
+
+
+def keys(tree: Path, *arguments: str) -> tuple[str, list[str]]:
+    """The digest and the paths that the command prints."""
+    digest, *paths = cli("key", *arguments, folder=tree).out.split()
+    return digest, paths
+
+
+def test_a_key_of_what_is_done_holds_its_content_and_not_its_making(built_tree: Path) -> None:
+    """So that a stage whose input came out as before finds what was kept."""
+    whole, given = keys(built_tree, "count"), keys(built_tree, "count", "--given", "join")
+    assert given[1] == ["build/embedded/reports/count.json", "build/embedded/.receipts/count.json"]
+    assert "build/embedded/.receipts/join.json" in whole[1] and whole[0] != given[0]
+    (built_tree / "notes/b.txt").rename(built_tree / "notes/c.txt")  # another making, with the same outcome
+    assert cli("run", "join", folder=built_tree).states == {"join": "ran"}
+    assert keys(built_tree, "count", "--given", "join") == given
+    assert keys(built_tree, "count")[0] != whole[0]
+    (built_tree / "notes/c.txt").write_text("four")
+    assert cli("run", "join", folder=built_tree).states == {"join": "ran"}
+    assert keys(built_tree, "count", "--given", "join")[0] != given[0]
+
+
+def test_what_serves_every_cpu_alike_is_kept_by_architecture_alone(built_tree: Path) -> None:
+    """Runners of one kind differ in features; programs are for the family that they are compiled for."""
+    receipts = {name: json.loads(receipt_of(built_tree / "build/embedded", name).read_text()) for name in ALL_RAN}
+    found = {name: receipt["fingerprint"]["cpu"] for name, receipt in receipts.items()}
+    assert found == {"join": family(), "count": platform.machine(), "apart": platform.machine()}
+    older = cli("explain", "join", "--set", "export.cpu=aarch64", folder=built_tree).out
+    assert f"cpu was {family()}, is aarch64" in older

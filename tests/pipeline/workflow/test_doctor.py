@@ -14,11 +14,12 @@ import pytest
 
 from model.cpu import COMPILER_FLAGS, family
 from pipeline.configs import named_config
-from pipeline.workflow import doctor, doctor_access, doctor_machine
-from pipeline.workflow.doctor import main
-from pipeline.workflow.doctor_access import UncheckedError, ask, credentials
-from pipeline.workflow.doctor_findings import ok, table
-from pipeline.workflow.doctor_variables import CHECKS
+from pipeline.workflow.doctor import __main__ as doctor
+from pipeline.workflow.doctor import access, machine
+from pipeline.workflow.doctor.__main__ import main
+from pipeline.workflow.doctor.access import UncheckedError, ask, credentials
+from pipeline.workflow.doctor.findings import ok, table
+from pipeline.workflow.doctor.variables import CHECKS
 from pipeline.workflow.plan import VARIABLES
 from pipeline.workflow.probe import NEEDS, Needs
 from tests.conftest import ROOT
@@ -56,7 +57,7 @@ def healthy(monkeypatch: Patch, tmp_path: Path) -> Path:
         monkeypatch.setitem(NEEDS, configuration, Needs(memory_gb=0, disk_gb=0))
     for name in ("GITHUB_API_URL", "HF_ENDPOINT"):  # no test asks a server elsewhere
         monkeypatch.setenv(name, NOWHERE)
-    monkeypatch.setattr(doctor_access, "HUB_REGISTRY", NOWHERE)
+    monkeypatch.setattr(access, "HUB_REGISTRY", NOWHERE)
     write_docker(commands)
     return commands
 
@@ -100,7 +101,7 @@ def test_it_needs_no_package_and_an_old_python_can_read_it() -> None:
     """It runs before anything is installed, and says of a Python that is too old that it is."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import pipeline.workflow.doctor as doctor\n"
+        "import pipeline.workflow.doctor.__main__ as doctor\n"
         "assert 'pipeline.configs' not in sys.modules\n"
         "sys.exit(doctor.main(['--set', 'export.cpu=power9']))"
     )
@@ -211,7 +212,7 @@ def test_a_configuration_that_does_not_exist(capsys: Capture, arguments: list[st
 
 def test_no_docker(monkeypatch: Patch, capsys: Capture, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "include"))
-    findings = list(doctor_machine.docker())
+    findings = list(machine.docker())
     assert [(finding.level, finding.found) for finding in findings] == [("warning", "no docker command")]
 
 
@@ -233,7 +234,7 @@ def test_docker(capsys: Capture, healthy: Path, client: str, engine: str, buildx
 
 
 def test_docker_that_hangs(monkeypatch: Patch, capsys: Capture, healthy: Path) -> None:
-    monkeypatch.setattr(doctor_machine, "SECONDS", 0.1)
+    monkeypatch.setattr(machine, "SECONDS", 0.1)
     write_command(healthy, "docker", "exec sleep 60")
     code, output = told(capsys)
     assert code == 0
@@ -357,7 +358,7 @@ def test_a_github_that_cannot_be_reached_is_a_warning(
 
 
 def test_a_server_that_hangs_is_not_waited_for(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(doctor_access, "SECONDS", 0.1)
+    monkeypatch.setattr(access, "SECONDS", 0.1)
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
         pytest.raises(UncheckedError, match=r"timed out|TimeoutError"),
@@ -448,6 +449,7 @@ MISTAKES = [
     ("EMERALD_SETTINGS", "certify_cache.risk=2", "expected a number from 0 to 1"),
     ("EMERALD_SETTINGS", "certify_cache.risk=0.01;\ngate_latency.repetitions=9", "a line break inside"),
     ("EMERALD_CPU", "Native", "write native"),
+    ("EMERALD_CPU", "NATIVE", "write native"),
     ("EMERALD_CPU", "x86_64-v3", "write x86-64-v3"),
     ("EMERALD_CPU", "arm64", "write aarch64"),
     ("EMERALD_CPU", "graviton", "write one of native, x86-64-v4+vnni"),
@@ -584,7 +586,7 @@ def test_whether_the_image_may_be_pushed(
 def test_docker_hub_has_three_names(monkeypatch: Patch, capsys: Capture, tmp_path: Path, site: Site) -> None:
     registry(site, push_token("dorothy/emerald", "pull"))
     log_in(tmp_path, "https://index.docker.io/v1/")
-    monkeypatch.setattr(doctor_access, "HUB_REGISTRY", site.url)
+    monkeypatch.setattr(access, "HUB_REGISTRY", site.url)
     monkeypatch.setenv("DOCKERHUB_USERNAME", "Dorothy")
     code, output = told(capsys)
     assert code == 2
@@ -616,6 +618,12 @@ def test_a_login_that_cannot_be_read(monkeypatch: Patch, capsys: Capture, tmp_pa
     code, output = told(capsys)
     assert code == 0
     assert "run docker login again" in output
+
+
+def test_the_workflows_own_token_comes_before_any_login(tmp_path: Path) -> None:
+    environment = {"DOCKER_CONFIG": str(tmp_path), "DOCKERHUB_USERNAME": "anne", "DOCKERHUB_TOKEN": "a token"}
+    assert credentials(environment, "docker.io") == ("anne", "a token")
+    assert credentials({**environment, "DOCKERHUB_TOKEN": ""}, "docker.io") is None
 
 
 def test_a_login_that_a_helper_keeps(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from pipeline.configs import Config
 from pipeline.install import ROOT
-from pipeline.workflow.doctor_findings import Finding, error, ok, warning
-from pipeline.workflow.doctor_variables import HUB, PAGE, Environment, image_of
+from pipeline.workflow.doctor.findings import Finding, error, ok, warning
+from pipeline.workflow.doctor.variables import HUB, PAGE, Environment, image_of
 
 SECONDS = 10.0
 """How long a server may take to answer."""
@@ -219,7 +219,10 @@ def _actions(answer: Answer, name: str) -> set[str] | None:
 
 
 def credentials(environment: Environment, host: str) -> tuple[str, str] | None:
-    """Name and password that `docker login` left in its file; None if it left none, or a helper keeps them."""
+    """Name and token of the image's account, or what `docker login` left; None if there is nothing to be read."""
+    user, token = environment.get("DOCKERHUB_USERNAME"), environment.get("DOCKERHUB_TOKEN")
+    if user and token:
+        return user, token
     file = Path(environment.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
     wanted = HUB_LOGIN if host == HUB else host
     try:

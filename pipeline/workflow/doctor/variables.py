@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from model.cpu import COMPILER_FLAGS
 from model.errors import InputError
 from pipeline.configs import CONFIGS, named_config, with_settings
-from pipeline.workflow.doctor_findings import Finding, error, ok, warning
+from pipeline.workflow.doctor.findings import Finding, error, ok, warning
 from pipeline.workflow.plan import REPOSITORY, repository_of
 
 Environment = Mapping[str, str]
@@ -175,7 +175,7 @@ def _gigabytes(value: str, _environment: Environment) -> str:
 
 def _nearest(value: str, choices: Collection[str]) -> str:
     """The choice that was probably meant, or all of them."""
-    near = difflib.get_close_matches(value.lower().replace("_", "-"), choices, n=1)
+    near = difflib.get_close_matches(value.lower(), choices, n=1)
     return f"write {near[0]}" if near else f"write one of {', '.join(choices)}"
 
 

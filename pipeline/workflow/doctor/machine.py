@@ -11,7 +11,7 @@ from pathlib import Path
 
 from model.cpu import COMPILER_FLAGS, runs
 from model.errors import InputError
-from pipeline.workflow.doctor_findings import Finding, error, ok, warning
+from pipeline.workflow.doctor.findings import Finding, error, ok, warning
 from pipeline.workflow.probe import Needs, check
 
 SECONDS = 10.0

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.install import NEWEST, OLDEST, VENV
-from pipeline.workflow.doctor_findings import Finding, error, ok, tell
+from pipeline.workflow.doctor.findings import Finding, error, ok, tell
 
 DESCRIPTION = """Says what this machine, fork or runner lacks for a build, and what to do about it.
 Nothing is installed, built or changed."""
@@ -26,7 +26,7 @@ EPILOG = """what is looked at, as far as it is there:
                     EMERALD_CPU, EMERALD_ATTEST, EMERALD_SIGN, EMERALD_ARTIFACT_GB, AWS_ROLE, AWS_REGION,
                     EMERALD_API_KEYS
   secrets           whether they are set: HAS_DOCKERHUB_TOKEN and HAS_HF_TOKEN, true or false
-  the registry      with the credentials of docker login: whether they may push the image
+  the registry      with DOCKERHUB_TOKEN or the credentials of docker login: whether they may push the image
   the model         from a hub, with HF_TOKEN: whether it may be read
 
 examples:
@@ -77,9 +77,9 @@ def examined(name: str, settings: Sequence[str]) -> "list[Finding]":
     from model.cpu import family
     from model.errors import InputError
     from pipeline.configs import named_config, with_settings
-    from pipeline.workflow.doctor_access import fork, model, registry
-    from pipeline.workflow.doctor_machine import machine
-    from pipeline.workflow.doctor_variables import variables
+    from pipeline.workflow.doctor.access import fork, model, registry
+    from pipeline.workflow.doctor.machine import machine
+    from pipeline.workflow.doctor.variables import variables
     from pipeline.workflow.probe import NEEDS
 
     wrong = []
