@@ -38,6 +38,14 @@ RUN mkdir -p /packages/opt && mv /opt/emerald /packages/opt/ \
     && touch --date=@$SOURCE_DATE_EPOCH /packages/opt
 
 
+# Compiled apart: a step that runs in the image itself leaves its own date on /etc, where the engine mounts files of its own.
+FROM ${BUILDER} AS code
+ARG SOURCE_DATE_EPOCH=315532800
+ADD code.tar /code/
+RUN python3 -m compileall -q --invalidation-mode unchecked-hash -s /code -p / /code/emerald/model /code/emerald/serving \
+    && find /code -exec touch --no-dereference --date=@$SOURCE_DATE_EPOCH {} +
+
+
 FROM ${BASE} AS serve
 ARG SOURCE_DATE_EPOCH=315532800
 # tini forwards signals and reaps; tcmalloc serves many threads with less waiting and less memory than the C library.
@@ -66,10 +74,7 @@ ADD weights-3.tar /
 ADD weights-4.tar /
 ADD embedder.tar /
 ADD cache.tar /
-ADD code.tar /
-RUN python3 -m compileall -q --invalidation-mode unchecked-hash /emerald/model /emerald/serving \
-    && find /emerald/model /emerald/serving -newermt @$SOURCE_DATE_EPOCH \
-        -exec touch --no-dereference --date=@$SOURCE_DATE_EPOCH {} +
+COPY --from=code /code /
 ENV PATH=/opt/emerald/bin:$PATH \
     PYTHONPATH=/emerald \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -166,6 +166,7 @@ def compile_module(
         inductor.patch(freezing=freezing, size_asserts=not freezing),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytree classes
+        warnings.filterwarnings("ignore", ".torch.jit.script_method.", DeprecationWarning)  # as its compiler is loaded
         exported = torch.export.export(module.eval(), arguments, dynamic_shapes=shapes)
         package = cxx.with_name("package.pt2")
         aoti_compile_and_package(
