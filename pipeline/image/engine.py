@@ -4,7 +4,6 @@ Images are built by BuildKit through Docker's command line; all else goes throug
 """
 
 import contextlib
-import io
 import os
 import re
 import subprocess
@@ -125,8 +124,8 @@ def _say_steps(output: IO[bytes]) -> list[str]:
     """Says each step of the Dockerfile as it begins; all lines that were printed."""
     lines: list[str] = []
     said: set[str] = set()
-    for line in io.TextIOWrapper(output, encoding="utf-8", errors="replace"):
-        lines.append(line.rstrip())
+    for line in output:
+        lines.append(line.decode("utf-8", "replace").rstrip())
         step = re.match(r"#\d+ (\[[\w-]* *\d+/\d+\] .*)", lines[-1])
         if step and step[1] not in said:
             said.add(step[1])
