@@ -60,7 +60,7 @@ def artifact(name: str, run: int, *, by: int = OURS, branch: str = "main", expir
     """As GitHub describes it: kept by the run of that number, later ones later."""
     return {
         "name": name,
-        "created_at": f"{datetime(2026, 1, 1) + timedelta(minutes=run):%Y-%m-%dT%H:%M:%SZ}",
+        "created_at": f"{datetime(2026, 1, 1) + timedelta(seconds=run):%Y-%m-%dT%H:%M:%SZ}",
         "expired": expired,
         "workflow_run": {"id": run, "repository_id": OURS, "head_repository_id": by, "head_branch": branch},
     }

@@ -96,6 +96,7 @@ enter() {
     git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
         [ ! -e "$file" ] || printf '%s\0' "$file" # not those that were removed and are still in the index
     done | tar --create --null --files-from - | tar --extract --directory "$root$TREE"
+    mount --bind "$root" "$root" # tests mount within a mount of their own, and for that / has to be one
     mount -t proc proc "$root/proc"
     mount --rbind /sys "$root/sys"
     mount --rbind /dev "$root/dev"
@@ -132,7 +133,7 @@ in_root() {
 setup() {
     step "make setup" in_root make setup
     grep -q "EMERALD_ALLOW_CUDA=1 make setup" "$FOLDER/$release-make-setup.log" || return 0
-    tell "  torch's CPU build could not be had; again with EMERALD_ALLOW_CUDA=1"
+    tell "  torch's CPU build was not to be had: again, with EMERALD_ALLOW_CUDA=1"
     undone=""
     step "make setup" in_root env EMERALD_ALLOW_CUDA=1 make setup
 }
@@ -140,11 +141,15 @@ setup() {
 chat() { echo "$QUESTION" | in_root make chat; }
 
 # Those that need no build of the embedded model.
-quick_tests() { (cd "$root$TREE" && grep -rL --include='test_*.py' embedded_build tests/model tests/serving tests/pipeline); }
+quick_tests() { test_files -L; }
+
+test_files() { # -l or -L
+    (cd "$root$TREE" && grep -r "$1" --include='test_*.py' embedded_build tests/model tests/serving tests/pipeline | sort)
+}
 
 tell_left_out() {
-    tell "  left out, as they need a build (--pipeline):" \
-        "$(cd "$root$TREE" && grep -rl --include='test_*.py' embedded_build tests/serving tests/pipeline | sort | xargs)"
+    # shellcheck disable=SC2046 # as above
+    tell "  left out, as they need a build (--pipeline):" $(test_files -l)
 }
 
 tell_newer_python() {
@@ -163,8 +168,11 @@ step() {
     tell "  $name: $ended in $((SECONDS - start)) s$(counts "$log")"
 }
 
-# What pytest counted, if it was that.
-counts() { sed -nE 's/^=+ (.*(passed|failed|error).*) in .*/: \1/p' "$1" | tail -n 1; }
+# What pytest counted, and skipped for which reason, if it was that.
+counts() {
+    sed -nE 's/^=+ (.*(passed|failed|error).*) in .*/: \1/p' "$1" | tail -n 1
+    sed -nE 's/^(SKIPPED|FAILED|ERROR) /    \1 /p' "$1"
+}
 
 tell() { told+=("$*"); }
 

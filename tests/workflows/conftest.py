@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -122,7 +123,7 @@ class Fork:
         """Executes a workflow, a job at a time."""
         for name in ("attested", "signed", "public-log"):
             (self.store / name).unlink(missing_ok=True)
-        number = 1 + max((int(run.name) for run in self.store.glob("artifacts/*")), default=0)
+        number = int(time.time())  # later runs have larger ones, also those of other forks that push to one registry
         (self.store / f"artifacts/{number}").mkdir(parents=True)
         event_file = {"repository": {"private": self.private}, "inputs": dict(inputs or {})}
         (self.store / "event.json").write_text(json.dumps(event_file))

@@ -240,7 +240,7 @@ def test_an_older_run_does_not_replace_what_a_newer_one_promoted(
 ) -> None:
     """The newer one, of another group of concurrent runs, was faster."""
     before = account.tags()["latest"]
-    account.record("latest-promoted-0999-{}-r999999", before)
+    account.record("latest-promoted-0999-{}-r9999999999", before)
     edit_the_server(fork)
     ran = fork.run()
     account.forget("latest-promoted-0999")
