@@ -42,6 +42,7 @@ def table(config: Config) -> tuple[Stage, ...]:
             inputs=(CHECKPOINT,),
             outputs=(INT4, QUANTIZATION),
             resumable=True,
+            shares_cores=True,
         ),
         Stage(
             name="gate_quality",
@@ -49,6 +50,7 @@ def table(config: Config) -> tuple[Stage, ...]:
             sources=(GATE_TEXT, CALIBRATION_TEXT),
             inputs=(CHECKPOINT, INT4),
             outputs=(QUALITY,),
+            shares_cores=True,
         ),
         Stage(name="export", config=config.export, inputs=(INT4,), outputs=(ENGINE,)),
         Stage(
@@ -72,6 +74,7 @@ def table(config: Config) -> tuple[Stage, ...]:
             inputs=(EMBEDDER,),
             outputs=(CACHE,),
             resumable=True,
+            shares_cores=True,
         ),
         Stage(
             name="certify_cache",

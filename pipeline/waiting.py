@@ -1,21 +1,33 @@
-"""How long OpenMP's threads wait for work by spinning, before they sleep.
+"""How a build shares the machine: how long its threads wait by spinning, and how many cores it takes.
 
 GNU's OpenMP spins for some milliseconds after every product, which is best on a machine that does nothing else: the
 next product comes sooner than a thread wakes. Beside another busy process it is ruinous, since threads spin on the
 cores that the work needs: training went at a sixth of its idle speed. A build gives up a little of its idle speed to be
 safe from that. What is measured for servers is measured as they run: with OpenMP's own default.
 
-OpenMP reads the environment once, when it is loaded; so this is called before torch is imported.
+A product also waits for the slowest of its threads, and beside a busy process one of them gets half a core: two threads
+are then slower than one. A stage whose outputs are the same for any number of threads takes the cores that are free.
+
+OpenMP reads the environment once, when it is loaded; so `spin_briefly` is called before torch is imported.
 """
 
 import concurrent.futures
 import multiprocessing
 import os
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from model.cpu import available_cores
+from pipeline.progress import say
 
 SPINS, TURNS = "GOMP_SPINCOUNT", "10000"
 """OpenMP's default is 300,000 turns, a few milliseconds."""
+THREADS = "OMP_NUM_THREADS"
+LOOKED_SECONDS = 0.25
+"""How long the processors are watched."""
 CHOSEN = ("OMP_WAIT_POLICY", SPINS)
 """What people set who know better: theirs stays."""
 
@@ -24,6 +36,33 @@ def spin_briefly() -> None:
     """For this process and those that it starts, unless the environment says something of it already."""
     if not any(name in os.environ for name in CHOSEN):
         os.environ[SPINS] = TURNS
+
+
+def share_cores(*, shared: bool) -> None:
+    """How many threads torch uses from now on: as many as cores are free, or as there are, if nothing is `shared`."""
+    if THREADS in os.environ or not (shared or "torch" in sys.modules):
+        return
+    import torch
+
+    cores, free = available_cores(), free_cores() if shared else available_cores()
+    if free < cores:
+        say(f"  {free} of {cores} cores {'is' if free == 1 else 'are'} free, and used")
+    torch.set_num_threads(free)
+
+
+def free_cores(stat: Path = Path("/proc/stat")) -> int:
+    """How many of the cores that this process may use nobody used just now; at least one."""
+    before = _ticks(stat)
+    time.sleep(LOOKED_SECONDS)
+    idle, total = (now - then for now, then in zip(_ticks(stat), before, strict=True))
+    cores = available_cores()
+    return max(1, min(cores, round(cores * idle / total))) if total else cores
+
+
+def _ticks(stat: Path) -> tuple[int, int]:
+    """Of all processors together: idle ones, waits for disks among them, and all (proc_stat(5))."""
+    fields = [int(field) for field in stat.read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
+    return fields[3] + fields[4], sum(fields)
 
 
 def as_served(run: Callable[..., Any], *arguments: Any) -> Any:

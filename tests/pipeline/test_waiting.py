@@ -1,13 +1,17 @@
 """How threads of a build wait, and that what is measured waits as a server does."""
 
 import os
+import threading
+from pathlib import Path
 
 import pytest
+import torch
 
+from model.cpu import available_cores
 from model.errors import InputError
 from pipeline.configs import embedded
 from pipeline.stages import table
-from pipeline.waiting import CHOSEN, SPINS, TURNS, as_served, spin_briefly
+from pipeline.waiting import CHOSEN, SPINS, TURNS, as_served, free_cores, share_cores, spin_briefly
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +44,38 @@ def test_what_is_measured_waits_as_a_server_does(
     assert os.environ.get(SPINS) == given
 
 
+def written(file: Path, *ticks: int) -> None:
+    file.write_text(f"cpu  {' '.join(map(str, ticks))}\ncpu0 1 2 3\n")
+
+
+@pytest.mark.parametrize(
+    ("idle", "busy", "free"),
+    [(100, 0, 1.0), (50, 50, 0.5), (0, 100, 0.0), (95, 5, 0.95)],
+)
+def test_free_cores_are_those_that_nobody_used(tmp_path: Path, idle: int, busy: int, free: float) -> None:
+    """By the kernel's counters before and after; a little noise counts for nothing."""
+    stat, cores = tmp_path / "stat", available_cores()
+    written(stat, 1000, 0, 500, 9000, 100, 0, 0, 0, 0, 0)
+    later = threading.Timer(0.05, written, (stat, 1000 + busy, 0, 500, 9000 + idle, 100, 0, 0, 0, 0, 0))
+    later.start()
+    assert free_cores(stat) == max(1, round(cores * free))
+    later.join()
+
+
+def test_threads_follow_the_free_cores_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("pipeline.waiting.free_cores", lambda: 1)
+    before = torch.get_num_threads()
+    share_cores(shared=True)
+    assert torch.get_num_threads() == 1
+    share_cores(shared=False)
+    assert torch.get_num_threads() == available_cores()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # somebody chose
+    share_cores(shared=True)
+    assert torch.get_num_threads() == available_cores()
+    torch.set_num_threads(before)
+
+
 def refuse(what: str) -> None:
     raise InputError(f"{what}: no")
 
@@ -51,3 +87,12 @@ def test_an_error_there_is_an_error_here() -> None:
 
 def test_the_stages_that_measure_are_those_that_time_the_engine() -> None:
     assert [stage.name for stage in table(embedded()) if stage.measures] == ["gate_latency", "savings"]
+
+
+def test_the_stages_that_share_cores_are_those_that_multiply_much_and_train_nothing() -> None:
+    """What a training gives depends on its number of threads."""
+    assert [stage.name for stage in table(embedded()) if stage.shares_cores] == [
+        "quantize",
+        "gate_quality",
+        "build_cache",
+    ]
