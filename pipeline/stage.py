@@ -35,7 +35,7 @@ from model.errors import InputError
 from pipeline.fingerprint import ROOT, DigestMemo, describe_changes, imports_of, package_versions
 from pipeline.progress import say
 from pipeline.verdict import Check
-from pipeline.waiting import as_served, share_cores
+from pipeline.waiting import Cores, as_served, take_cores
 
 REPORTS = "reports"
 """Folder of what people read of a build, and the image carries."""
@@ -55,8 +55,8 @@ class Stage:
     """What this stage writes, relative to the build folder."""
     resumable: bool = False
     """Whether it goes on from what a run that was cut short has written, if nothing that it depends on has changed."""
-    shares_cores: bool = False
-    """Whether its outputs are the same for any number of threads, so that it may take only the cores that are free."""
+    cores: Cores = "all"
+    """Which cores it computes on; "free" if its outputs are the same for any number of threads."""
     measures: bool = False
     """Whether it measures what is served: it runs in a process of its own, whose threads wait as a server's do."""
 
@@ -236,7 +236,7 @@ class Build:
         with _disk_faults(self.folder):
             partial = self._partial(stage, fingerprint)
             run = importlib.import_module(f"pipeline.{stage.name}").run
-            share_cores(shared=stage.shares_cores)
+            take_cores(stage.cores)
             arguments = (stage.config, *paths, *(partial / path for path in stage.outputs))
             checks: tuple[Check, ...] = tuple((as_served(run, *arguments) if stage.measures else run(*arguments)) or ())
             seconds = time.monotonic() - start

@@ -42,7 +42,7 @@ def table(config: Config) -> tuple[Stage, ...]:
             inputs=(CHECKPOINT,),
             outputs=(INT4, QUANTIZATION),
             resumable=True,
-            shares_cores=True,
+            cores="free",
         ),
         Stage(
             name="gate_quality",
@@ -50,7 +50,7 @@ def table(config: Config) -> tuple[Stage, ...]:
             sources=(GATE_TEXT, CALIBRATION_TEXT),
             inputs=(CHECKPOINT, INT4),
             outputs=(QUALITY,),
-            shares_cores=True,
+            cores="free",
         ),
         Stage(name="export", config=config.export, inputs=(INT4,), outputs=(ENGINE,)),
         Stage(
@@ -74,7 +74,7 @@ def table(config: Config) -> tuple[Stage, ...]:
             inputs=(EMBEDDER,),
             outputs=(CACHE,),
             resumable=True,
-            shares_cores=True,
+            cores="one",
         ),
         Stage(
             name="certify_cache",
@@ -82,6 +82,7 @@ def table(config: Config) -> tuple[Stage, ...]:
             sources=(ENTRIES, CONTRAST, VALIDATION, SCHEMA),
             inputs=(EMBEDDER, CACHE),
             outputs=(CERTIFICATE, CACHE_REPORT),
+            cores="one",
         ),
         Stage(
             name="gate_latency",

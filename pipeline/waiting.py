@@ -6,7 +6,8 @@ cores that the work needs: training went at a sixth of its idle speed. A build g
 safe from that. What is measured for servers is measured as they run: with OpenMP's own default.
 
 A product also waits for the slowest of its threads, and beside a busy process one of them gets half a core: two threads
-are then slower than one. A stage whose outputs are the same for any number of threads takes the cores that are free.
+are then slower than one. A stage whose outputs are the same for any number of threads takes the cores that are free;
+one that embeds single questions takes one, as the server does, since such products are too small to be shared.
 
 OpenMP reads the environment once, when it is loaded; so `spin_briefly` is called before torch is imported.
 """
@@ -18,13 +19,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from model.cpu import available_cores
 from pipeline.progress import say
 
 SPINS, TURNS = "GOMP_SPINCOUNT", "10000"
 """OpenMP's default is 300,000 turns, a few milliseconds."""
+Cores = Literal["all", "free", "one"]
+"""Which cores a stage computes on."""
 THREADS = "OMP_NUM_THREADS"
 LOOKED_SECONDS = 0.25
 """How long the processors are watched."""
@@ -38,16 +41,17 @@ def spin_briefly() -> None:
         os.environ[SPINS] = TURNS
 
 
-def share_cores(*, shared: bool) -> None:
-    """How many threads torch uses from now on: as many as cores are free, or as there are, if nothing is `shared`."""
-    if THREADS in os.environ or not (shared or "torch" in sys.modules):
+def take_cores(which: Cores) -> None:
+    """How many threads torch uses from now on, unless the environment says it."""
+    if THREADS in os.environ or (which == "all" and "torch" not in sys.modules):
         return
     import torch
 
-    cores, free = available_cores(), free_cores() if shared else available_cores()
-    if free < cores:
-        say(f"  {free} of {cores} cores {'is' if free == 1 else 'are'} free, and used")
-    torch.set_num_threads(free)
+    cores = available_cores()
+    taken = {"all": cores, "one": 1}.get(which) or free_cores()
+    if which == "free" and taken < cores:
+        say(f"  {taken} of {cores} cores {'is' if taken == 1 else 'are'} free, and used")
+    torch.set_num_threads(taken)
 
 
 def free_cores(stat: Path = Path("/proc/stat")) -> int:

@@ -11,7 +11,7 @@ from model.cpu import available_cores
 from model.errors import InputError
 from pipeline.configs import embedded
 from pipeline.stages import table
-from pipeline.waiting import CHOSEN, SPINS, TURNS, as_served, free_cores, share_cores, spin_briefly
+from pipeline.waiting import CHOSEN, SPINS, TURNS, as_served, free_cores, spin_briefly, take_cores
 
 
 @pytest.fixture(autouse=True)
@@ -66,12 +66,15 @@ def test_threads_follow_the_free_cores_and_come_back(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("pipeline.waiting.free_cores", lambda: 1)
     before = torch.get_num_threads()
-    share_cores(shared=True)
+    take_cores("free")
     assert torch.get_num_threads() == 1
-    share_cores(shared=False)
+    take_cores("all")
     assert torch.get_num_threads() == available_cores()
+    take_cores("one")
+    assert torch.get_num_threads() == 1
+    take_cores("all")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")  # somebody chose
-    share_cores(shared=True)
+    take_cores("free")
     assert torch.get_num_threads() == available_cores()
     torch.set_num_threads(before)
 
@@ -89,10 +92,6 @@ def test_the_stages_that_measure_are_those_that_time_the_engine() -> None:
     assert [stage.name for stage in table(embedded()) if stage.measures] == ["gate_latency", "savings"]
 
 
-def test_the_stages_that_share_cores_are_those_that_multiply_much_and_train_nothing() -> None:
-    """What a training gives depends on its number of threads."""
-    assert [stage.name for stage in table(embedded()) if stage.shares_cores] == [
-        "quantize",
-        "gate_quality",
-        "build_cache",
-    ]
+def test_what_a_training_gives_depends_on_its_threads_and_so_it_takes_all_cores() -> None:
+    taken = {stage.name: stage.cores for stage in table(embedded()) if stage.cores != "all"}
+    assert taken == {"quantize": "free", "gate_quality": "free", "build_cache": "one", "certify_cache": "one"}
