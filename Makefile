@@ -74,6 +74,9 @@ test-lambda-arm64: setup ## a build for Graviton 2, served by Lambda's handler o
 	@tests/arm64/run.sh max python3 -m tests.arm64.lambda_function build >$(FUNCTION)
 	@tests/arm64/run.sh --without-sys neoverse-n1 python3 -m tests.arm64.lambda_function answer <$(FUNCTION)
 
+test-python: ## set up and test on Debian 13 and on Debian's development release (needs root); ARGS=--pipeline builds and chats too
+	@tests/python/run.sh $(ARGS)
+
 lint: setup ## check style and types
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .

@@ -294,7 +294,7 @@ def python(script: str, *arguments: str | Path, **environment: str) -> "subproce
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},  # its lines are waited for
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

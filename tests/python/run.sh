@@ -16,7 +16,6 @@ set -euo pipefail
 declare -A PYTHONS=([trixie]=3.13 [sid]=3.14) # the newest Python of each release that pipeline/install.py accepts
 FOLDER=build/python
 PACKAGES=ca-certificates,g++,git,make
-MIRROR=http://deb.debian.org/debian
 TREE=/emerald # in the root
 QUESTION="What are you capable of?"
 
@@ -50,6 +49,13 @@ need_debootstrap() {
     apt-get install -qq -y debootstrap debian-archive-keyring >/dev/null
 }
 
+# Debian's mirror that apt uses here, or debootstrap's own if it uses none.
+mirror() {
+    # shellcheck disable=SC2016 # the $(…) is apt's
+    apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Component: main' 2>/dev/null |
+        head -n 1
+}
+
 # Everything for one release. After a step that fails, the others are left out.
 try() {
     local release=$1 root=$FOLDER/$1 undone=""
@@ -74,7 +80,7 @@ build() {
     [ "$(cat "$root/made-by" 2>/dev/null)" = "$(stamp)" ] && return
     say "building Debian $release in $root (some minutes, once)"
     rm -rf "$root.partial"
-    debootstrap --variant=minbase --include="$(packages)" "$release" "$root.partial" $MIRROR >"$root.debootstrap.log" ||
+    debootstrap --variant=minbase --include="$(packages)" "$release" "$root.partial" "$(mirror)" >"$root.debootstrap.log" ||
         stop "debootstrap failed: see $root.debootstrap.log and $root.partial/debootstrap/debootstrap.log"
     rm "$root.partial"/var/cache/apt/archives/*.deb
     stamp >"$root.partial/made-by"
@@ -96,7 +102,6 @@ enter() {
     git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
         [ ! -e "$file" ] || printf '%s\0' "$file" # not those that were removed and are still in the index
     done | tar --create --null --files-from - | tar --extract --directory "$root$TREE"
-    mount --bind "$root" "$root" # tests mount within a mount of their own, and for that / has to be one
     mount -t proc proc "$root/proc"
     mount --rbind /sys "$root/sys"
     mount --rbind /dev "$root/dev"
