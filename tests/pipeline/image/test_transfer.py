@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import docker
@@ -10,7 +11,8 @@ from docker.errors import APIError, ImageNotFound, NotFound
 
 from model.errors import InputError
 from pipeline.image.registry import Backoff
-from pipeline.image.transfer import pull, pull_base
+from pipeline.image.transfer import learn_layers, pull, pull_base
+from tests.pipeline.image.registry import serving
 
 DIGEST = f"sha256:{'4290' * 16}"
 BASE = f"python:3.11-slim-bookworm@{DIGEST}"
@@ -162,3 +164,29 @@ def test_any_other_base_is_left_to_the_build(reference: str) -> None:
     engine = Engine()
     assert pull_base(client(engine), reference, None, QUICK) == reference
     assert engine.asked == []
+
+
+def test_before_the_first_push_no_layer_is_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The registry shows no such repository, as Docker Hub does; that stops no push."""
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    engine = Engine()
+    with serving() as hub:
+        hub.asks, hub.open = "bearer", True
+        learn_layers(cast("docker.DockerClient", engine), f"127.0.0.1:{hub.port}/anne/none", "latest")
+    assert engine.asked == []
+    assert "every layer is pushed" in capfd.readouterr().err
+
+
+def test_layers_that_cannot_be_pulled_stop_no_push(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    with serving() as hub:
+        digest = hub.add("an image", "latest")
+        reference = f"{hub.repository}@{digest}"
+        engine = Engine(faults={reference: ["no space left on device"]})
+        learn_layers(cast("docker.DockerClient", engine), hub.repository, "latest")
+    assert engine.asked == [reference]
+    assert "every layer is pushed, since those of" in " ".join(capfd.readouterr().err.split())

@@ -64,3 +64,9 @@ def test_a_tag_that_is_gone_is_trouble(hub: Hub, tmp_path: Path, capsys: pytest.
     hub.tags[f"latest-promoted-0001-{digest[7:19]}-r100"] = digest
     assert check(hub, tmp_path, "anne/emerald") == 2
     assert "the tag is gone" in capsys.readouterr().err
+
+
+def test_pulling_what_was_never_promoted_gives_later_steps_nothing(hub: Hub, forge: Forge, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    assert main(["pull", f"127.0.0.1:{hub.port}/anne/none:latest", "--github-output", str(output)]) == 0
+    assert not output.exists()
