@@ -121,12 +121,18 @@ def conversation(question: str, intent: Intent) -> str | None:
     """Words that point to something said before the question, unless the intent's own phrasings use the same word.
 
     A pronoun after a word of substance has what it stands for in the question: "What did Dorothy do with her shoes?"
+    Not so in a question that goes on from an earlier message, such as "So who built it?": there only a phrasing that
+    goes on, too, excuses a pronoun.
     """
-    if CONTINUATION.search(question) and not any(CONTINUATION.search(phrasing) for phrasing in intent.phrasings):
-        return "it continues an earlier message"
-    found = [match for match in REFERENCE.finditer(question) if not content_words(question[: match.start()])]
+    goes_on = CONTINUATION.search(question)
+    phrasings = intent.phrasings
+    if goes_on:
+        phrasings = tuple(phrasing for phrasing in phrasings if CONTINUATION.search(phrasing))
+        if not phrasings:
+            return "it continues an earlier message"
+    found = [m for m in REFERENCE.finditer(question) if goes_on or not content_words(question[: m.start()])]
     pointing = {match.group() for match in (*found, *EARLIER.finditer(question))}
-    known = {word for phrasing in intent.phrasings for word in WORD.findall(phrasing)}
+    known = {word for phrasing in phrasings for word in WORD.findall(phrasing)}
     unknown = sorted(word for word in pointing if not set(word.split()) <= known)
     return f"it refers to something said before ({unknown[0]!r})" if unknown else None
 

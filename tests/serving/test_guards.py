@@ -97,3 +97,18 @@ def test_the_reason_names_the_word_as_the_visitor_wrote_it() -> None:
 )
 def test_novelty_is_the_share_of_new_words(question: str, expected: float) -> None:
     assert novelty(lowered(question), BUILDER) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("question", "phrasings", "objects"),
+    [
+        ("so who built it?", ["who built the city", "was it built by the people"], True),
+        ("so who built it?", ["so much marble, who built the city"], True),
+        ("so was it just a dream?", ["so was it a dream"], False),
+        ("who built it all?", ["was it built by the people"], False),
+    ],
+)
+def test_a_pronoun_in_what_goes_on_needs_a_phrasing_that_goes_on(
+    question: str, phrasings: list[str], objects: bool
+) -> None:
+    assert (GUARDS["conversation"](question, Intent.of(phrasings, "an answer")) is not None) == objects
