@@ -80,6 +80,11 @@ class Fork:
         """The artifacts that are kept under a name that begins so."""
         return list(self.store.glob(f"artifacts/*/{prefix}-*"))
 
+    def current(self, prefix: str, *stages: str) -> Path:
+        """The artifact of what these stages of the tree, as it is now, have made."""
+        (kept,) = self.store.glob(f"artifacts/*/{self.name(prefix, *stages)}")
+        return kept
+
     def expire(self, prefix: str) -> None:
         """What GitHub does with artifacts after their time."""
         assert self.kept(prefix)

@@ -77,7 +77,7 @@ def test_an_edited_answer_gets_a_new_image_and_no_new_weights(
 
 def test_damaged_weights_are_made_and_kept_anew(fork: Fork) -> None:
     """What an earlier run has kept is not what it wrote."""
-    (kept,) = fork.kept("weights")
+    kept = fork.current("weights", "gate_quality", "export")
     report = kept / "reports/quality.json"
     report.write_text(report.read_text(encoding="utf-8") + " ", encoding="utf-8")
     ran = fork.run()
@@ -137,7 +137,7 @@ def test_a_forged_certificate_stops_it(fork: Fork, account: Account) -> None:
 
 def test_a_stale_certificate_is_made_anew(promoted: Promotion, fork: Fork, account: Account) -> None:
     """What was certified before an answer was edited is kept under the name of what it is now."""
-    (kept,) = fork.kept("answers")
+    kept = fork.current("answers", "certify_cache")
     edit_an_answer(fork)
     name = fork.name("answers", "certify_cache")
     kept.rename(kept.with_name(name))
