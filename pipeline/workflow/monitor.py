@@ -49,6 +49,7 @@ def check(options: argparse.Namespace) -> int:
     name, _, tag = options.image.rpartition(":")
     digest = _promoted(Registry(Repository.parse(name)), check_tag(tag))
     if digest is None:
+        write_report(options.report, "canary", [], reasons=[], image=options.image, digest=None)  # no trouble to tell
         _publish(options, f"Nothing was promoted to `{options.image}` yet.")
         return DONE
     with engine() as client:

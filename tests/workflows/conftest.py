@@ -128,7 +128,8 @@ class Fork:
         """Executes a workflow, a job at a time."""
         for name in ("attested", "signed", "public-log"):
             (self.store / name).unlink(missing_ok=True)
-        number = int(time.time())  # later runs have larger ones, also those of other forks that push to one registry
+        # later runs have larger numbers, also those of other forks that push to one registry
+        number = max([int(time.time()), *(1 + int(run.name) for run in self.store.glob("artifacts/*"))])
         (self.store / f"artifacts/{number}").mkdir(parents=True)
         event_file = {"repository": {"private": self.private}, "inputs": dict(inputs or {})}
         (self.store / "event.json").write_text(json.dumps(event_file))

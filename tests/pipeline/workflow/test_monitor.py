@@ -36,6 +36,8 @@ def test_before_anything_was_pushed_all_is_well(hub: Hub, forge: Forge, tmp_path
     forge.artifacts = lambda: [artifact("verified", 3, by=THEIRS), artifact("verified", 4, branch="work")]
     assert check(hub, tmp_path) == 0
     assert (tmp_path / "summary.md").read_text().startswith("Nothing was promoted to `127.0.0.1:")
+    assert main(["tell", str(tmp_path / "canary.json")]) == 0
+    assert forge.issues == []
 
 
 def test_a_repository_that_was_pushed_to_and_is_not_shown_is_trouble(
