@@ -24,13 +24,14 @@ from pipeline.image.transfer import pull
 from pipeline.image.verify import Verdict, verify
 from pipeline.progress import say
 from pipeline.verdict import Check, write_report
+from pipeline.workflow.find_artifact import MAIN
 from pipeline.workflow.forge import Repository as Forge
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 SPEED_SHARE_MIN = 0.5
 """Of the decode speed at the gate. Runners are shared and differ; a program that took a slow path loses more."""
-VERIFIED, BRANCHES = "verified", {"main"}
-"""The artifact in which image.yml keeps the report on every image that it has pushed, and whose runs count."""
+VERIFIED = "verified"
+"""The artifact in which image.yml keeps the report on every image that it has pushed."""
 LABEL, TITLE = "canary", "The published image does not pass its checks"
 
 
@@ -95,7 +96,7 @@ def _promoted(registry: Registry, tag: str) -> str | None:
 
 def _may_have_been_pushed() -> bool:
     """Whether a workflow here has verified a pushed image, or GitHub cannot be asked about that."""
-    return not os.environ.get("GITHUB_TOKEN") or Forge.of_this_run().keeper(VERIFIED, BRANCHES) is not None
+    return not os.environ.get("GITHUB_TOKEN") or Forge.of_this_run().keeper(VERIFIED, {MAIN}) is not None
 
 
 def _publish(options: argparse.Namespace, text: str) -> None:

@@ -1,6 +1,6 @@
 """What a check of `doctor` finds, and how findings are told: as a list, as annotations, and as a Markdown table.
 
-Like doctor.py, this file is also read by Pythons that are too old for the rest of the project, down to 3.9.
+Like __main__.py, this file is also read by Pythons that are too old for the rest of the project, down to 3.9.
 """
 
 import os
