@@ -101,6 +101,8 @@ def test_the_graph_has_the_same_bytes_every_time_and_misses_little() -> None:
 
 # Training
 
+NO_ADAPTERS = Path("no-adapters")
+
 
 def training_set_of(small: SmallCache) -> Path:
     """What the embedder would learn from."""
@@ -129,7 +131,7 @@ def test_training_twice_gives_the_same_bytes(small: SmallCache) -> None:
     folders = [small.root / name for name in ("one", "two", "other")]
     texts = training_set_of(small)
     for folder, seed in zip(folders, (1, 1, 2), strict=True):
-        train_embedder.run(replace(config, seed=seed), texts, folder)
+        train_embedder.run(replace(config, seed=seed), NO_ADAPTERS, texts, folder)
     digests = [file_digest(folder / "model.safetensors") for folder in folders]
     assert digests[0] == digests[1] != digests[2]
 
@@ -161,7 +163,7 @@ def test_training_pulls_an_intent_together_and_its_near_misses_away(small: Small
     gaps = []
     for steps, rate in ((1, 0.0), (12, config.learning_rate)):
         folder = small.root / f"after-{steps}"
-        train_embedder.run(replace(config, steps=steps, learning_rate=rate), texts, folder)
+        train_embedder.run(replace(config, steps=steps, learning_rate=rate), NO_ADAPTERS, texts, folder)
         model = SentenceTransformer(str(folder), device="cpu")
         own, twin, trap = model.encode(
             ["Who is the Wizard?", "the wizard of oz, who is that", "Who never was the Wizard?"],
