@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -80,9 +81,19 @@ class _Handler(BaseHTTPRequestHandler):
         if self._is(""):
             owner, name = urlsplit(self.path).path.split("/")[2:]
             facts = {"private": self.server.private, "has_issues": True, "archived": False, "disabled": False}
-            self._answer({"id": OURS, "name": name, "owner": {"login": owner, "id": OWNER}, **facts})
+            self._answer(
+                {
+                    "id": OURS,
+                    "name": name,
+                    "full_name": f"{owner}/{name}",
+                    "owner": {"login": owner, "id": OWNER},
+                    **facts,
+                }
+            )
         elif self._is("actions/workflows"):
-            self._answer({"workflows": [{"name": "pipeline", "path": "pipeline.yml", "state": "active"}]})
+            files = sorted(Path(".github/workflows").glob("*.yml"))
+            listed = [{"name": file.stem, "path": str(file), "state": "active"} for file in files]
+            self._answer({"workflows": listed})
         elif self._is("actions/artifacts"):
             self._answer({"artifacts": [kept for kept in self.server.artifacts() if kept["name"] == query["name"]]})
         else:

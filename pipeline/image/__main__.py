@@ -17,7 +17,7 @@ from pipeline.image.promotion import PROMOTED, Entry
 from pipeline.image.promotion import promote as promote_digest
 from pipeline.image.promotion import rollback as roll_back
 from pipeline.image.registry import Registry, Repository, parse_digest
-from pipeline.image.transfer import learn_layers, licence_faults, pull
+from pipeline.image.transfer import licence_faults, pull
 from pipeline.image.transfer import push as push_image
 from pipeline.image.verify import verify as verify_image
 from pipeline.progress import say
@@ -99,9 +99,7 @@ def push(options: argparse.Namespace) -> int:
             say(f"licence gate: {options.image} lacks, of its {fault}")
         if faults:
             return FAILED
-        if options.after is not None:
-            learn_layers(client, options.repository, options.after)
-        print(push_image(client, image, options.repository, options.tag))
+        print(push_image(client, image, options.repository, options.tag, options.after))
     return DONE
 
 

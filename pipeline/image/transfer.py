@@ -1,6 +1,7 @@
 """Images to a registry and back: what was sent, what was there already, and that what comes is what was asked for."""
 
 import contextlib
+import json
 import re
 from collections import Counter
 from typing import Any
@@ -16,6 +17,7 @@ from pipeline.image.registry import (
     DEFAULT_BACKOFF,
     DIGEST,
     Backoff,
+    Manifest,
     Registry,
     Repository,
     RepositoryUnavailableError,
@@ -65,23 +67,56 @@ def learn_layers(client: docker.DockerClient, repository: str, tag: str) -> None
         say(f"every layer is pushed, since those of {repository}:{tag} could not be pulled: {fault}")
 
 
-def push(client: docker.DockerClient, image: Image, repository: str, tag: str | None) -> str:
-    """Pushes under a candidate's tag, which nobody pulls by; the digest under which the registry holds it."""
+def push(
+    client: docker.DockerClient, image: Image, repository: str, tag: str | None = None, after: str | None = None
+) -> str:
+    """Pushes under a candidate's tag, which nobody pulls by; the digest under which the registry holds it.
+
+    Of an image that the tag `after` names already nothing is sent, and else no layer that one has.
+    """
     tag = check_tag(tag or f"{CANDIDATE}-{str(image.id).removeprefix('sha256:')[:12]}")
+    if after is not None:
+        held = _held(image, repository, check_tag(after))
+        if held is not None:
+            Registry(Repository.parse(repository)).tag(held, tag)
+            return _pushed(repository, tag, held.digest, 0, len(json.loads(held.content)["layers"]))
+        learn_layers(client, repository, after)
     image.tag(repository, tag)
     states: dict[str, str] = {}
-    digest = None
+    digest: str | None = None
     what = f"pushing {repository}:{tag}"
     for event in told(client.api.push(repository, tag, stream=True, decode=True), what):
         if "id" in event:
             states[event["id"]] = _outcome(event.get("status", ""), states.get(event["id"], ""))
         if said := re.search(r"digest: (sha256:[0-9a-f]{64})", str(event.get("status", ""))):
-            digest = said[1]
+            digest = str(said[1])
     if digest is None:
         raise InputError(f"{what}: the registry gave no digest, so that nothing is known to be there: push again")
     counted = Counter(states.values())
-    say(f"{repository}:{tag} is {digest}: {counted['pushed']} layers pushed, {counted['there']} were there")
-    return str(digest)
+    return _pushed(repository, tag, digest, counted["pushed"], counted["there"])
+
+
+def _pushed(repository: str, tag: str, digest: str, sent: int, there: int) -> str:
+    say(f"{repository}:{tag} is {digest}: {sent} layers pushed, {there} were there")
+    return digest
+
+
+def _held(image: Image, repository: str, tag: str) -> Manifest | None:
+    """The manifest that a tag names, if it is that of this very image, as two builds of one commit are.
+
+    The engine would learn nothing from pulling what it has, and would push every layer again.
+    """
+    registry = Registry(Repository.parse(repository))
+    try:
+        digest = registry.digest_of(tag)
+    except RepositoryUnavailableError:
+        return None
+    if digest is None:
+        return None
+    manifest = registry.manifest(digest)
+    # an engine calls an image by its config's digest, or by its manifest's where containerd stores images
+    names = {digest, json.loads(manifest.content).get("config", {}).get("digest")}
+    return manifest if image.id in names else None
 
 
 def _outcome(status: str, before: str) -> str:

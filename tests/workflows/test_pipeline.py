@@ -288,7 +288,9 @@ def test_a_runner_without_the_features_stops_it(fork: Fork, account: Account) ->
 def test_a_wrong_password_stops_it(fork: Fork, account: Account) -> None:
     before = account.tags()
     fork.secrets["DOCKERHUB_TOKEN"] = "wrong"
-    fork.run().require_red("image/build")
+    ran = fork.run()
+    ran.require_red("doctor")  # before anything is built
+    assert "refuses the user 'anne' with this token" in ran.log
     assert account.tags() == before
 
 

@@ -1,5 +1,7 @@
-"""Pulling: limits are waited for, and a base image comes from whoever has its digest."""
+"""Pulling: limits are waited for; a base image comes from whoever has its digest. Pushing: only what is not there."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,10 +10,11 @@ from typing import Any, cast
 import docker
 import pytest
 from docker.errors import APIError, ImageNotFound, NotFound
+from docker.models.images import Image
 
 from model.errors import InputError
 from pipeline.image.registry import Backoff
-from pipeline.image.transfer import learn_layers, pull, pull_base
+from pipeline.image.transfer import learn_layers, pull, pull_base, push
 from tests.pipeline.image.registry import serving
 
 DIGEST = f"sha256:{'4290' * 16}"
@@ -190,3 +193,20 @@ def test_layers_that_cannot_be_pulled_stop_no_push(
         learn_layers(cast("docker.DockerClient", engine), hub.repository, "latest")
     assert engine.asked == [reference]
     assert "every layer is pushed, since those of" in " ".join(capfd.readouterr().err.split())
+
+
+@pytest.mark.parametrize("named_by", ["its config", "its manifest"])  # by Docker's own store, and by containerd's
+def test_an_image_that_the_registry_has_is_tagged_and_not_pushed(
+    named_by: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    manifest = json.dumps({"schemaVersion": 2, "config": {"digest": DIGEST}, "layers": [{}, {}]}).encode()
+    digest = f"sha256:{hashlib.sha256(manifest).hexdigest()}"
+    image = Image({"Id": DIGEST if named_by == "its config" else digest})
+    engine = Engine()
+    with serving() as hub:
+        hub.blobs[digest], hub.tags["latest"] = manifest, digest
+        assert push(client(engine), image, hub.repository, "candidate", after="latest") == digest
+        assert hub.tags["candidate"] == digest
+    assert engine.asked == []
+    assert "0 layers pushed, 2 were there" in " ".join(capfd.readouterr().err.split())
