@@ -64,8 +64,9 @@ class Adapter:
 
     def write(self, file: Path) -> None:
         """One safetensors file, what it was trained on and its own digest in the header."""
-        header = {"trained_on": json.dumps(dict(self.trained_on)), "sha256": _digest(self.tensors, self.trained_on)}
-        file.write_bytes(save(dict(self.tensors), header))  # not save_file, whose files only their owner may read
+        header = {"trained_on": dict(self.trained_on), "sha256": _digest(self.tensors, self.trained_on)}
+        # one text, since safetensors writes several in any order; not save_file, whose files only their owner may read
+        file.write_bytes(save(dict(self.tensors), {"adapter": json.dumps(header)}))
 
     @classmethod
     def read(cls, file: Path) -> "Adapter":
@@ -73,9 +74,9 @@ class Adapter:
         remedy = "restore it from git, or delete it to train anew"
         try:
             with safe_open(file, framework="pt") as opened:
-                header = opened.metadata() or {}
+                header = json.loads((opened.metadata() or {})["adapter"])
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no dict
-            trained_on = json.loads(header["trained_on"])
+            trained_on = header["trained_on"]
         except (SafetensorError, KeyError, ValueError) as fault:
             raise InputError(f"{file}: no adapter that can be read ({fault}); {remedy}") from fault
         if header.get("sha256") != _digest(tensors, trained_on):

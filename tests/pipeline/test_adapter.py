@@ -87,3 +87,14 @@ def test_an_adapter_that_claims_other_data_is_refused(
     file.write_bytes(file.read_bytes().replace(b'\\"abc\\"', b'\\"abd\\"'))
     with pytest.raises(InputError, match="damaged"):
         Adapter.read(file)
+
+
+def test_the_file_has_the_same_bytes_every_time(
+    base: dict[str, Tensor], trained: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Whatever seed a library's hash tables have at the moment."""
+    adapter = Adapter.between(base, trained, 3, TRAINED_ON)
+    files = [tmp_path / str(number) for number in range(12)]
+    for file in files:
+        adapter.write(file)
+    assert len({file.read_bytes() for file in files}) == 1
