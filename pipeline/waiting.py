@@ -12,12 +12,15 @@ one that embeds single questions takes one, as the server does, since such produ
 OpenMP reads the environment once, when it is loaded; so `spin_briefly` is called before torch is imported.
 """
 
-import concurrent.futures
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,13 +73,47 @@ def _ticks(stat: Path) -> tuple[int, int]:
 
 
 def as_served(run: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function in a process of its own, in which threads wait as they do where nothing was set."""
+    """Calls a function in a process of its own, in which threads wait as they do where nothing was set.
+
+    Whatever interrupts the call ends that process; one that outlives its caller ends by itself.
+    """
     before = os.environ.get(SPINS)
     if before == TURNS:
         del os.environ[SPINS]
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=(theirs, run, arguments))
     try:
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            return process.submit(run, *arguments).result()
+        process.start()
+        theirs.close()
+        value, fault = ours.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"{run.__module__} ended without a word, exit code {process.exitcode}") from None
     finally:
+        if process.pid is not None:
+            process.kill()
+            process.join()
         if before is not None:
             os.environ[SPINS] = before
+    if fault is not None:
+        raise fault
+    return value
+
+
+def _call(caller: Connection, run: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Sends what the function returns, or what it raises, with where that came from."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes, and the caller answers it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        caller.send((run(*arguments), None))
+    except BaseException as fault:
+        fault.add_note("".join(traceback.format_exception(fault)))
+        caller.send((None, fault))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

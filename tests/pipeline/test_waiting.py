@@ -1,7 +1,11 @@
 """How threads of a build wait, and that what is measured waits as a server does."""
 
 import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,8 @@ from model.errors import InputError
 from pipeline.configs import embedded
 from pipeline.stages import table
 from pipeline.waiting import CHOSEN, SPINS, TURNS, as_served, free_cores, spin_briefly, take_cores
+from tests.conftest import ROOT
+from tests.pipeline.conftest import PATIENCE
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +92,42 @@ def refuse(what: str) -> None:
 def test_an_error_there_is_an_error_here() -> None:
     with pytest.raises(InputError, match="the engine: no"):
         as_served(refuse, "the engine")
+
+
+CALLER = """
+import os, time
+from pipeline.waiting import as_served
+def served():
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+if __name__ == "__main__":
+    as_served(served)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_what_is_served_ends_with_its_caller(how: signal.Signals, tmp_path: Path) -> None:
+    script = tmp_path / "caller.py"
+    script.write_text(CALLER)
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE) as caller:
+        assert caller.stdout is not None
+        served = int(caller.stdout.readline())
+        caller.send_signal(how)
+        assert caller.wait(PATIENCE) != 0
+    until = time.monotonic() + PATIENCE
+    while Path(f"/proc/{served}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{served}").exists()
+
+
+def end() -> None:
+    os._exit(7)
+
+
+def test_a_process_that_ends_without_a_word_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="exit code 7"):
+        as_served(end)
 
 
 def test_the_stages_that_measure_are_those_that_time_the_engine() -> None:
