@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a command as an Arm machine would, on an x86-64 one: tests/arm64/run.sh [--without-sys] CPU COMMAND...
+# Runs a command as an Arm machine would, on an x86-64 one: tests/arm64/run.sh [--without-sys] [--building] CPU COMMAND...
 #
 #     sudo tests/arm64/run.sh neoverse-n1 python3 -m pytest tests/model
 #
@@ -15,6 +15,8 @@
 # ends: none can leak into the machine, and none is left for the next build to delete through. /sys must be among them:
 # without it PyTorch finds no Arm features and packs the slow reference instead, without an error. AWS Lambda is such a
 # place, and --without-sys shows what happens there.
+#
+# The tree is read-only there. With --building it has a build folder of its own, which is kept: build/arm64/build.
 set -euo pipefail
 
 SUITE=bookworm PYTHON=3.11 GLIBC=36 # a Debian release, and the Python and the minor version of glibc 2 it ships
@@ -23,7 +25,7 @@ LOCKS=(requirements/linux-aarch64.txt requirements/models.txt requirements/lambd
 ROOT=build/arm64/root
 
 main() {
-    [ $# -ge 2 ] || stop "usage: tests/arm64/run.sh [--without-sys] CPU COMMAND..."
+    [ $# -ge 2 ] || stop "usage: tests/arm64/run.sh [--without-sys] [--building] CPU COMMAND..."
     [ "$(uname -m)" != aarch64 ] || stop "this is an Arm machine, where nothing needs emulating: run make test"
     [ "$(id -u)" = 0 ] || stop "mounts and chroot need root: put sudo before the command"
     if [ "$1" != --unshared ]; then
@@ -32,8 +34,9 @@ main() {
         exec unshare --mount "$0" --unshared "$@"
     fi
     shift
-    local trees=(proc sys dev)
+    local trees=(proc sys dev) building=
     [ "$1" != --without-sys ] || { trees=(proc dev) && shift; }
+    [ "$1" != --building ] || { building=yes && shift; }
     cd "$(dirname "$0")/../.."
     register_emulator
     build
@@ -118,18 +121,20 @@ install_packages() {
     mv $ROOT/packages.partial $ROOT/packages
 }
 
-# The tree is at /emerald, read-only; /tmp is empty and gone afterwards.
+# The tree is at /emerald; /tmp is empty and gone afterwards.
 enter() {
     local cpu=$1
     shift
-    for tree in "${trees[@]}"; do mount --rbind /$tree $ROOT/$tree; done
+    for tree in "${trees[@]}"; do mount --rbind "/$tree" "$ROOT/$tree"; done
     mount -t tmpfs tmpfs $ROOT/tmp
     mount --bind . $ROOT/emerald
     mount -o remount,bind,ro $ROOT/emerald
+    [ -z "$building" ] || { mkdir -p build/arm64/build && mount --bind build/arm64/build $ROOT/emerald/build; }
     cpuinfo "$cpu" >$ROOT/tmp/cpuinfo
     mount --bind $ROOT/tmp/cpuinfo $ROOT/proc/cpuinfo
     rm $ROOT/tmp/cpuinfo
     exec env --ignore-environment QEMU_CPU="$cpu" PYTEST_ADDOPTS="-p no:cacheprovider" PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
+        HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis \
         LANG=C.UTF-8 TERM="${TERM-dumb}" PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
         chroot $ROOT env --chdir=/emerald "$@"
 }
