@@ -121,13 +121,18 @@ def run_build(command: Sequence[str], context: Iterable[bytes], what: str) -> No
 
 
 def _say_steps(output: IO[bytes]) -> list[str]:
-    """Says each step of the Dockerfile as it begins; all lines that were printed."""
+    """Says each step of the Dockerfile as it begins, or that it was done before; all lines that were printed."""
     lines: list[str] = []
     said: set[str] = set()
+    steps: dict[str, str] = {}
     for line in output:
         lines.append(line.decode("utf-8", "replace").rstrip())
-        step = re.match(r"#\d+ (\[[\w-]* *\d+/\d+\] .*)", lines[-1])
-        if step and step[1] not in said:
-            said.add(step[1])
-            say(f"  {step[1][:110]}")
+        number, _, event = lines[-1].partition(" ")
+        if event == "CACHED" and number in steps:
+            say(f"  {steps[number]} has been done before")
+        step = re.match(r"(\[[\w-]* *\d+/\d+\]) ", event)
+        if step and event not in said:
+            said.add(event)
+            steps[number] = step[1]
+            say(f"  {event[:110]}")
     return lines

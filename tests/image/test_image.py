@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import tarfile
@@ -98,7 +99,7 @@ def test_two_builds_are_the_same(client: docker.DockerClient, image: Image, buil
     """Every layer, to the bit, and so every file with its date, owner and mode."""
     ended = image_cli("build", "--build", build, "--tag", "emerald:again", "--no-cache", *ARGUMENTS)
     assert ended.code == 0, ended.err
-    assert "libtcmalloc" in ended.err, "it was not built anew"
+    assert re.search(r"2/\d+\] RUN .*apt-get", ended.err) and not re.search(r"2/\d+\] has been done", ended.err)
     again = client.images.get(ended.out)
     ours, theirs = (made.attrs["RootFS"]["Layers"] for made in (image, again))
     client.images.remove("emerald:again")

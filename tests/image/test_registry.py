@@ -166,8 +166,8 @@ def engine_on_a_small_disk(folder: Path) -> Iterator[str]:
 @pytest.mark.skipif(os.geteuid() != 0, reason="starting an engine needs root")
 def test_full_disk_of_the_engine(build: Path, tmp_path: Path, image: Image) -> None:
     with engine_on_a_small_disk(tmp_path) as address:
-        platform = ["--platform", platform_of(image)]
-        ended = image_cli("build", "--build", build, "--tag", "emerald:never", *platform, DOCKER_HOST=address)
+        base = ["--base", "never-reached", "--platform", platform_of(image)]  # what is to be built comes first
+        ended = image_cli("build", "--build", build, "--tag", "emerald:never", *base, DOCKER_HOST=address)
     assert ended.code == 2
     said = " ".join(ended.err.split())
     assert "the disk of the Docker engine is full" in said

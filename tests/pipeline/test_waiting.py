@@ -95,12 +95,13 @@ def test_an_error_there_is_an_error_here() -> None:
 
 
 CALLER = """
-import os, time
+import os, signal, time
 from pipeline.waiting import as_served
 def served():
     print(os.getpid(), flush=True)
     time.sleep(60)
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     as_served(served)
 """
 

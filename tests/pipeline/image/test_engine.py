@@ -18,6 +18,8 @@ cat <<'END'
 #5 [serve  1/12] FROM docker.io/library/python:3.11-slim
 #6 [packages 2/6] RUN pip install
 #6 1.234 Collecting everything
+#7 [code 3/3] RUN compile
+#7 CACHED
 END
 exit 0
 """
@@ -48,6 +50,8 @@ def test_the_context_is_sent_and_each_step_said_once(docker: Path, capfd: pytest
     assert capfd.readouterr().err.splitlines() == [
         "  [serve  1/12] FROM docker.io/library/python:3.11-slim",
         "  [packages 2/6] RUN pip install",
+        "  [code 3/3] RUN compile",
+        "  [code 3/3] has been done before",
     ]
 
 
