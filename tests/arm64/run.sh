@@ -20,7 +20,7 @@
 set -euo pipefail
 
 SUITE=bookworm PYTHON=3.11 GLIBC=36 # a Debian release, and the Python and the minor version of glibc 2 it ships
-PACKAGES=g++,libpython3-dev,python3
+PACKAGES=g++,libpython3-dev,python-is-python3,python3,python3-venv
 LOCKS=(requirements/linux-aarch64.txt requirements/models.txt requirements/lambda.txt)
 ROOT=build/arm64/root
 

@@ -121,8 +121,8 @@ def text_of(pieces: Sequence[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-def assert_same_logits(found_TV: Tensor, expected_TV: Tensor) -> None:
-    torch.testing.assert_close(found_TV, expected_TV, rtol=0, atol=SAME * float(expected_TV.abs().max()))
+def assert_same_logits(found_TV: Tensor, expected_TV: Tensor, within: float = SAME) -> None:
+    torch.testing.assert_close(found_TV, expected_TV, rtol=0, atol=within * float(expected_TV.abs().max()))
 
 
 def assert_chosen_as_by_the_reference(

@@ -33,6 +33,7 @@ from model.tokenizer import Tokenizer
 from tests.conftest import LLAMA31_ROPE, ROOT, TINY
 from tests.model.conftest import (
     CONTEXT,
+    SAME,
     all_logits,
     assert_chosen_as_by_the_reference,
     assert_same_logits,
@@ -45,6 +46,8 @@ from tests.model.conftest import (
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 """torch's compiler uses it when it is first imported."""
 
+ROUNDED_OTHERWISE = 0.04
+"""Of logits, as a part of the largest, where activations are rounded to another int8; 0.02 was seen."""
 ONE_TABLE, TWO_TABLES = "groups, one table", "channels, two tables"
 
 
@@ -75,11 +78,13 @@ def copied(engine_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 65, CONTEXT])
 def test_logits_are_the_references(folders: tuple[Path, Path], length: int) -> None:
+    """KleidiAI adds in float32: now and then another int8 is nearest to an activation, and all that follows sees it."""
     compiled = CompiledModel(folders[1])
     reference = quantized_network(Int4Folder(folders[0]), as_served=True, products=torch.float64)
     for seed in range(20):
         tokens = random_tokens(length, seed)
-        assert_same_logits(all_logits(compiled, tokens), all_logits(reference, tokens))
+        within = ROUNDED_OTHERWISE if kernel() == "kleidiai" else SAME
+        assert_same_logits(all_logits(compiled, tokens), all_logits(reference, tokens), within)
 
 
 def test_greedy_tokens_are_the_references(engine: Engine, reference: Network) -> None:
@@ -356,9 +361,9 @@ def test_weights_are_mapped_once_for_all_processes(engine_folder: Path) -> None:
     with serving(engine_folder) as one, serving(engine_folder) as other:
         for pid in (one, other):
             found = mapped_kb(pid, weights)
-            assert found["Private_Dirty"] == found["Shared_Dirty"] == found["Anonymous"] == 0
-            assert found["Shared_Clean"] > 0.9 * weights.stat().st_size / 1024
-            assert found["Private_Clean"] == 0
+            assert found["Private_Dirty"] == found["Private_Clean"] == found["Anonymous"] == 0
+            shared = found["Shared_Clean"] + found["Shared_Dirty"]  # in memory-backed file systems every page is dirty
+            assert shared > 0.9 * weights.stat().st_size / 1024
 
 
 OLDER = [known for known in COMPILER_FLAGS if runs(known) and known != family()]
