@@ -81,10 +81,11 @@ def figure(port: int, name: str | tuple[str, ...]) -> float:
 def until(port: int, name: str | tuple[str, ...], value: float) -> float:
     """The figure, once it has that value, or after ten seconds."""
     for _ in range(200):
-        if figure(port, name) == value:
+        found = figure(port, name)  # not read again: between two counters a request that ends is in neither
+        if found == value:
             break
         time.sleep(0.05)
-    return figure(port, name)
+    return found
 
 
 def busy(port: int) -> float:
