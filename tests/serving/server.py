@@ -13,8 +13,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import ROOT
+
+LONG: dict[str, Any] = {"max_tokens": 500, "temperature": 2, "top_p": 1}
+"""A reply that goes on for seconds: so hot a model hardly ever ends one; at 1.2 it did in two of 24."""
 
 
 @dataclass

@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.serving.loading import held_up
-from tests.serving.server import call, figure, serving, wait_until_ready
+from tests.serving.server import LONG, call, figure, serving, wait_until_ready
 
 ROLES = ("user", "assistant")
 ENERGY = ("cpu-seconds", "joules", "grams-co2e", "energy-source")
@@ -139,7 +139,7 @@ def test_a_full_queue_refuses_with_429(port: int) -> None:
 
 
 def test_a_client_that_leaves_frees_its_place(port: int) -> None:
-    body = {"messages": [{"role": "user", "content": "I wander."}], "max_tokens": 400, "temperature": 1, "stream": True}
+    body = {"messages": [{"role": "user", "content": "I wander."}], **LONG, "stream": True}
     for _ in range(4):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})

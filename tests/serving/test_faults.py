@@ -14,10 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.server import Server, call, serving, wait_until_ready
-
-LONG = {"max_tokens": 500, "temperature": 2, "top_p": 1}
-"""A reply that goes on for seconds: so hot a model hardly ever ends one; at 1.2 it did in two of 24."""
+from tests.serving.server import LONG, Server, call, serving, wait_until_ready
 
 
 @pytest.fixture(scope="module")

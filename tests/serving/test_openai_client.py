@@ -21,7 +21,7 @@ from openai import (
 )
 
 from tests.conftest import ROOT
-from tests.serving.server import Server, call, serving, wait_until_ready
+from tests.serving.server import LONG, Server, call, serving, wait_until_ready
 
 STORY: Any = [{"role": "user", "content": "I walk through the gates and look up"}]
 GREEDY: Any = {"model": "emerald", "messages": STORY, "temperature": 0, "max_tokens": 16}
@@ -200,7 +200,7 @@ def test_many_at_once_say_what_each_says_alone(server: Server, client: OpenAI) -
 
 
 def test_a_closed_stream_frees_its_place_sync_and_async(server: Server, client: OpenAI) -> None:
-    asked = {**GREEDY, "max_tokens": 500, "temperature": 1.0, "stream": True}
+    asked = {**GREEDY, **LONG, "stream": True}
     stream = client.chat.completions.create(**asked)
     next(iter(stream))
     stream.close()
@@ -224,7 +224,7 @@ def test_a_full_server_says_when_to_come_back(embedded_build: Path) -> None:
     with serving(embedded_build, **limits) as server:
         wait_until_ready(server.port)
         with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            stream = client.chat.completions.create(**{**GREEDY, "max_tokens": 500, "temperature": 1.0}, stream=True)
+            stream = client.chat.completions.create(**{**GREEDY, **LONG}, stream=True)
             next(iter(stream))
             with pytest.raises(RateLimitError) as refused:
                 client.chat.completions.create(**GREEDY)
@@ -248,7 +248,7 @@ def test_keys_and_how_many_requests_one_may_have(embedded_build: Path) -> None:
         ):
             stranger.models.list()
         with OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as client:
-            stream = client.chat.completions.create(**{**GREEDY, "max_tokens": 500, "temperature": 1.0}, stream=True)
+            stream = client.chat.completions.create(**{**GREEDY, **LONG}, stream=True)
             next(iter(stream))
             with pytest.raises(RateLimitError, match="this key has 1 requests under way"):
                 client.chat.completions.create(**GREEDY)
@@ -259,7 +259,7 @@ def test_time_that_runs_out_cuts_the_reply(embedded_build: Path) -> None:
     with serving(embedded_build, EMERALD_REPLY_SECONDS="0.5", EMERALD_RUNNING="1") as server:
         wait_until_ready(server.port)
         with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            long: Any = {**GREEDY, "max_tokens": 512, "temperature": 1.5, "seed": 1, "stop": "no such text"}
+            long: Any = {**GREEDY, **LONG, "seed": 1}
             reply = client.chat.completions.create(**long)
             assert reply.choices[0].finish_reason == "length"
-            assert reply.usage is not None and 0 < reply.usage.completion_tokens < 512
+            assert reply.usage is not None and 0 < reply.usage.completion_tokens < 500
