@@ -77,7 +77,7 @@ class Adapter:
                 header = json.loads((opened.metadata() or {})["adapter"])
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no dict
             trained_on = header["trained_on"]
-        except (SafetensorError, KeyError, ValueError) as fault:
+        except (SafetensorError, KeyError, TypeError, ValueError) as fault:
             raise InputError(f"{file}: no adapter that can be read ({fault}); {remedy}") from fault
         if header.get("sha256") != _digest(tensors, trained_on):
             raise InputError(f"{file}: its content does not have the digest in its header, so it is damaged; {remedy}")

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from tests.conftest import ROOT
 
 TOKEN = "token-of-the-run"
 OURS, THEIRS = 1, 2
@@ -81,18 +82,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self._is(""):
             owner, name = urlsplit(self.path).path.split("/")[2:]
             facts = {"private": self.server.private, "has_issues": True, "archived": False, "disabled": False}
-            self._answer(
-                {
-                    "id": OURS,
-                    "name": name,
-                    "full_name": f"{owner}/{name}",
-                    "owner": {"login": owner, "id": OWNER},
-                    **facts,
-                }
-            )
+            names = {"name": name, "full_name": f"{owner}/{name}", "owner": {"login": owner, "id": OWNER}}
+            self._answer({"id": OURS, **names, **facts})
         elif self._is("actions/workflows"):
-            files = sorted(Path(".github/workflows").glob("*.yml"))
-            listed = [{"name": file.stem, "path": str(file), "state": "active"} for file in files]
+            files = sorted((ROOT / ".github/workflows").glob("*.yml"))
+            listed = [{"name": one.stem, "path": str(one.relative_to(ROOT)), "state": "active"} for one in files]
             self._answer({"workflows": listed})
         elif self._is("actions/artifacts"):
             self._answer({"artifacts": [kept for kept in self.server.artifacts() if kept["name"] == query["name"]]})

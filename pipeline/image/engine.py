@@ -28,6 +28,10 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 """The kernel's names of machines, and Docker's."""
 
 
+class DiskFullError(InputError):
+    """The engine has no room; to get the same image from another place does not help."""
+
+
 @contextmanager
 def engine() -> Iterator[docker.DockerClient]:
     """The engine that DOCKER_HOST names, or this machine's. Raises InputError if none answers, or if it fails."""
@@ -78,7 +82,7 @@ def explained(fault: str, what: str, lines: list[str] | None = None) -> InputErr
     """An engine's error in words that say what to do."""
     before = "\n".join(["", *lines]) if lines else ""
     if "no space left" in fault:
-        return InputError(
+        return DiskFullError(
             f"{what}: the disk of the Docker engine is full: look with docker system df, free some with docker system "
             f"prune, and run again{before}"
         )

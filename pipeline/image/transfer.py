@@ -12,7 +12,7 @@ from docker.models.images import Image
 
 from model.errors import InputError
 from pipeline.image.contents import CARD, platform_of, read_contents
-from pipeline.image.engine import explained, machine, told
+from pipeline.image.engine import DiskFullError, explained, machine, told
 from pipeline.image.registry import (
     DEFAULT_BACKOFF,
     DIGEST,
@@ -52,19 +52,20 @@ def licence_faults(client: docker.DockerClient, image: Image) -> list[str]:
     ]
 
 
-def learn_layers(client: docker.DockerClient, repository: str, tag: str) -> None:
-    """Pulls what a tag names, if anything: an engine sends every layer that it does not know the registry to have."""
+def _digest_of(registry: Registry, tag: str) -> str | None:
+    """What a tag names; None if nothing, or if the registry shows no such repository."""
     try:
-        digest = Registry(Repository.parse(repository)).digest_of(check_tag(tag))
+        return registry.digest_of(check_tag(tag))
     except RepositoryUnavailableError:
-        digest = None
-    if digest is None:
-        say(f"{repository}:{tag} names nothing yet: every layer is pushed")
-        return
+        return None
+
+
+def _learn_layers(client: docker.DockerClient, reference: str) -> None:
+    """Pulls an image: an engine sends every layer that it does not know the registry to have."""
     try:
-        pull(client, f"{repository}@{digest}", None)
+        pull(client, reference, None)
     except InputError as fault:
-        say(f"every layer is pushed, since those of {repository}:{tag} could not be pulled: {fault}")
+        say(f"every layer is pushed, since those of {reference} could not be pulled: {fault}")
 
 
 def push(
@@ -72,15 +73,24 @@ def push(
 ) -> str:
     """Pushes under a candidate's tag, which nobody pulls by; the digest under which the registry holds it.
 
-    Of an image that the tag `after` names already nothing is sent, and else no layer that one has.
+    Nothing is sent of an image that the tag `after` already names, and no layer that the image there has.
     """
     tag = check_tag(tag or f"{CANDIDATE}-{str(image.id).removeprefix('sha256:')[:12]}")
     if after is not None:
-        held = _held(image, repository, check_tag(after))
-        if held is not None:
-            Registry(Repository.parse(repository)).tag(held, tag)
-            return _pushed(repository, tag, held.digest, 0, len(json.loads(held.content)["layers"]))
-        learn_layers(client, repository, after)
+        registry = Registry(Repository.parse(repository))
+        digest = _digest_of(registry, after)
+        if digest is None:
+            say(f"{repository}:{after} names nothing yet: every layer is pushed")
+        else:
+            manifest = registry.manifest(digest)
+            if _is_of(manifest, image):
+                registry.tag(manifest, tag)
+                return _pushed(repository, tag, digest, 0, len(image.attrs["RootFS"]["Layers"]))
+            _learn_layers(client, f"{repository}@{digest}")
+    return _send(client, image, repository, tag)
+
+
+def _send(client: docker.DockerClient, image: Image, repository: str, tag: str) -> str:
     image.tag(repository, tag)
     states: dict[str, str] = {}
     digest: str | None = None
@@ -101,22 +111,12 @@ def _pushed(repository: str, tag: str, digest: str, sent: int, there: int) -> st
     return digest
 
 
-def _held(image: Image, repository: str, tag: str) -> Manifest | None:
-    """The manifest that a tag names, if it is that of this very image, as two builds of one commit are.
+def _is_of(manifest: Manifest, image: Image) -> bool:
+    """Whether it is this very image's, as of two builds of one commit: pulling it would teach the engine nothing.
 
-    The engine would learn nothing from pulling what it has, and would push every layer again.
+    An engine names an image by its config's digest, or by its manifest's where containerd stores images.
     """
-    registry = Registry(Repository.parse(repository))
-    try:
-        digest = registry.digest_of(tag)
-    except RepositoryUnavailableError:
-        return None
-    if digest is None:
-        return None
-    manifest = registry.manifest(digest)
-    # an engine calls an image by its config's digest, or by its manifest's where containerd stores images
-    names = {digest, json.loads(manifest.content).get("config", {}).get("digest")}
-    return manifest if image.id in names else None
+    return image.id in (manifest.digest, json.loads(manifest.content).get("config", {}).get("digest"))
 
 
 def _outcome(status: str, before: str) -> str:
@@ -168,6 +168,8 @@ def _pull_from_one(client: docker.DockerClient, places: list[str], platform: str
         try:
             _download(client, place, platform, backoff if place == places[-1] else ONCE)
             return place
+        except DiskFullError:
+            raise
         except InputError as fault:
             reason = " ".join(str(fault).split())
             say(f"no base image from {reason}")

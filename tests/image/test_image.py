@@ -97,11 +97,13 @@ def test_quota_of_the_container_sets_the_threads(client: docker.DockerClient, im
 
 def test_two_builds_are_the_same(client: docker.DockerClient, image: Image, build: Path) -> None:
     """Every layer, to the bit, and so every file with its date, owner and mode."""
+    again = image_cli("build", "--build", build, "--tag", "emerald:again", *ARGUMENTS)
+    assert re.search(r"2/\d+\] has been done", again.err), "an engine that repeats steps does not say so"
     ended = image_cli("build", "--build", build, "--tag", "emerald:again", "--no-cache", *ARGUMENTS)
     assert ended.code == 0, ended.err
     assert re.search(r"2/\d+\] RUN .*apt-get", ended.err) and not re.search(r"2/\d+\] has been done", ended.err)
-    again = client.images.get(ended.out)
-    ours, theirs = (made.attrs["RootFS"]["Layers"] for made in (image, again))
+    anew = client.images.get(ended.out)
+    ours, theirs = (made.attrs["RootFS"]["Layers"] for made in (image, anew))
     client.images.remove("emerald:again")
     assert ours == theirs
 

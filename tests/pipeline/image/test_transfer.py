@@ -14,8 +14,8 @@ from docker.models.images import Image
 
 from model.errors import InputError
 from pipeline.image.registry import Backoff
-from pipeline.image.transfer import learn_layers, pull, pull_base, push
-from tests.pipeline.image.registry import serving
+from pipeline.image.transfer import pull, pull_base, push
+from tests.pipeline.image.registry import Hub, serving
 
 DIGEST = f"sha256:{'4290' * 16}"
 BASE = f"python:3.11-slim-bookworm@{DIGEST}"
@@ -23,6 +23,7 @@ GOOGLE, AMAZON, HUB = (
     f"{place}/python@{DIGEST}"
     for place in ("mirror.gcr.io/library", "public.ecr.aws/docker/library", "docker.io/library")
 )
+SENT = f"sha256:{'5e47' * 16}"
 QUICK = Backoff(first_seconds=0.01, total_seconds=0.05)
 LIMIT = 'toomanyrequests: You have reached your unauthenticated pull rate limit. https://www.docker.com/limit"'
 
@@ -73,6 +74,9 @@ class Engine:
         if fault is None:
             self.held[reference] = platform.partition("/")[2]
         return iter([{"status": "Pulling"}, {"error": fault} if fault else {"status": "Done"}])
+
+    def push(self, *_: str, **__: bool) -> Iterator[dict[str, Any]]:
+        return iter([{"id": "one", "status": "Pushed"}, {"status": f"candidate: digest: {SENT} size: 1"}])
 
 
 def client(engine: Engine) -> docker.DockerClient:
@@ -169,44 +173,77 @@ def test_any_other_base_is_left_to_the_build(reference: str) -> None:
     assert engine.asked == []
 
 
-def test_before_the_first_push_no_layer_is_known(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """The registry shows no such repository, as Docker Hub does; that stops no push."""
+@dataclass
+class Built:
+    """An image of this engine, of two layers."""
+
+    id: str
+    attrs: dict[str, Any] = field(default_factory=lambda: {"RootFS": {"Layers": ["one", "two"]}})
+
+    def tag(self, repository: str, tag: str) -> None:
+        pass
+
+
+def pushed(engine: Engine, repository: str, image_id: str = DIGEST) -> str:
+    """As the workflow pushes."""
+    return push(client(engine), cast(Image, Built(image_id)), repository, "candidate", after="latest")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
-    engine = Engine()
     with serving() as hub:
-        hub.asks, hub.open = "bearer", True
-        learn_layers(cast("docker.DockerClient", engine), f"127.0.0.1:{hub.port}/anne/none", "latest")
+        yield hub
+
+
+def test_before_the_first_push_there_is_nothing_to_learn(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
+    """The registry shows no such repository, as Docker Hub does; that stops no push."""
+    hub.asks, hub.open = "bearer", True
+    engine = Engine()
+    assert pushed(engine, f"127.0.0.1:{hub.port}/anne/none") == SENT
     assert engine.asked == []
     assert "every layer is pushed" in capfd.readouterr().err
 
 
-def test_layers_that_cannot_be_pulled_stop_no_push(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
-    with serving() as hub:
-        digest = hub.add("an image", "latest")
-        reference = f"{hub.repository}@{digest}"
-        engine = Engine(faults={reference: ["no space left on device"]})
-        learn_layers(cast("docker.DockerClient", engine), hub.repository, "latest")
+def test_layers_of_another_image_are_learnt_first(hub: Hub) -> None:
+    reference = f"{hub.repository}@{hub.add('another image', 'latest')}"
+    engine = Engine()
+    assert pushed(engine, hub.repository) == SENT
+    assert engine.asked == [reference]
+
+
+def test_layers_that_cannot_be_pulled_stop_no_push(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
+    reference = f"{hub.repository}@{hub.add('an image', 'latest')}"
+    engine = Engine(faults={reference: ["no space left on device"]})
+    assert pushed(engine, hub.repository) == SENT
     assert engine.asked == [reference]
     assert "every layer is pushed, since those of" in " ".join(capfd.readouterr().err.split())
 
 
-@pytest.mark.parametrize("named_by", ["its config", "its manifest"])  # by Docker's own store, and by containerd's
+NAMED: dict[str, dict[str, Any]] = {
+    "config": {"config": {"digest": DIGEST}},
+    "manifest": {},
+    "index": {"manifests": []},
+}
+"""What an engine names an image by: Docker's own store by its config, containerd's by its manifest or index."""
+
+
+@pytest.mark.parametrize("by", NAMED)
 def test_an_image_that_the_registry_has_is_tagged_and_not_pushed(
-    named_by: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    by: str, hub: Hub, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
-    manifest = json.dumps({"schemaVersion": 2, "config": {"digest": DIGEST}, "layers": [{}, {}]}).encode()
+    manifest = json.dumps({"schemaVersion": 2, **NAMED[by]}).encode()
     digest = f"sha256:{hashlib.sha256(manifest).hexdigest()}"
-    image = Image({"Id": DIGEST if named_by == "its config" else digest})
+    hub.blobs[digest], hub.tags["latest"] = manifest, digest
     engine = Engine()
-    with serving() as hub:
-        hub.blobs[digest], hub.tags["latest"] = manifest, digest
-        assert push(client(engine), image, hub.repository, "candidate", after="latest") == digest
-        assert hub.tags["candidate"] == digest
+    assert pushed(engine, hub.repository, DIGEST if by == "config" else digest) == digest
+    assert hub.tags["candidate"] == digest
     assert engine.asked == []
     assert "0 layers pushed, 2 were there" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_full_disk_is_not_blamed_on_the_mirrors() -> None:
+    engine = Engine(faults={GOOGLE: ["write /var/lib/docker/tmp: no space left on device"]})
+    with pytest.raises(InputError, match=r"the disk of the Docker engine is full.*docker system prune"):
+        pull_base(client(engine), BASE, None, QUICK)
+    assert engine.asked == [GOOGLE]
