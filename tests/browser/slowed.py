@@ -4,8 +4,11 @@ Everything that it says of itself is true: loading and answers only take longer,
 looked at on the fastest of machines.
 """
 
+import os
+import shutil
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,12 +17,15 @@ from pathlib import Path
 
 from playwright.sync_api import Page
 
+from model.artifact import file_digest, read_json, write_json
 from tests.serving.server import Server, serving
 
 SHORT_REPLIES = {"EMERALD_REPLY_TOKENS": "96"}
 """So that tests are short."""
-LOADING, TELLING = (0.02, 0.08), (0.01, 0.19)
+LOADING, TELLING = (0.005, 0.045), (0.01, 0.19)
 """Seconds of running and of standing still; the smallest model tells a sentence in a fifth of a second."""
+BALLAST_BYTES = 2 << 30
+"""More to verify: the smallest model is loaded before a browser has fetched the page."""
 WAIT_SECONDS = 60
 
 
@@ -73,14 +79,31 @@ class Slowed:
 
 @contextmanager
 def slowed(build: Path) -> Iterator[Slowed]:
-    """A server that has just begun to listen, and goes on by moments."""
-    with serving(build, **SHORT_REPLIES) as server:
+    """A server that has just begun to listen, has much to load, and goes on by moments."""
+    with laden(build) as larger, serving(larger, **SHORT_REPLIES) as server:
         for _ in range(60_000):
             with suppress(OSError), socket.create_connection(("127.0.0.1", server.port), timeout=1):
                 break
             time.sleep(0.001)
         with by_moments(server, LOADING) as loading:
             yield loading
+
+
+@contextmanager
+def laden(build: Path) -> Iterator[Path]:
+    """The same build, with one more file in its engine's folder: of zeros, which take no room on the disk."""
+    with tempfile.TemporaryDirectory(dir=build.parent) as scratch:
+        larger, kept = Path(scratch) / build.name, ("engine", "cache", "embedder", "certificate.json")
+        dropped = shutil.ignore_patterns(*({path.name for path in build.iterdir()} - {*kept}))
+        shutil.copytree(build, larger, copy_function=os.link, ignore=dropped)
+        ballast, manifest = larger / "engine/ballast.bin", larger / "engine/manifest.json"
+        ballast.touch()
+        os.truncate(ballast, BALLAST_BYTES)
+        facts = read_json(manifest, "make pipeline makes it")
+        facts["files"][ballast.name] = {"bytes": BALLAST_BYTES, "sha256": file_digest(ballast)}
+        manifest.unlink()
+        write_json(manifest, facts)
+        yield larger
 
 
 @contextmanager
