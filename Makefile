@@ -98,6 +98,11 @@ bench-quality: setup ## our recipes beside torchao's and llama.cpp's int4, on th
 	@$(RUN) -m pipeline run fetch --config $(CONFIG)
 	@$(RUN) -m pipeline.bench.quality --config $(CONFIG)
 
+bench-replies: setup ## what visitors read before and after the model was taught; ARGS="--seeds 2 --page" writes docs/replies.md
+	@$(RUN) -m pipeline run export export_embedder --config $(CONFIG)
+	@$(RUN) -m pipeline run export --config $(CONFIG) --build build/$(CONFIG)-untaught --set tune.steps=0
+	@$(RUN) -m pipeline.bench.replies --config $(CONFIG) --build build/$(CONFIG) --untaught build/$(CONFIG)-untaught $(ARGS)
+
 bench-cache: setup ## the cache's decision beside its peers', and what a lookup costs
 	@$(RUN) -m pipeline run certify_cache --config $(CONFIG) $(ARGS)
 	@$(RUN) -m pipeline.bench.cache --build build/$(CONFIG)

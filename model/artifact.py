@@ -7,6 +7,8 @@ before anything is computed from it.
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,6 +66,14 @@ def read_json(path: Path, remedy: str = "fetch the model again") -> dict[str, An
     if not isinstance(content, dict):
         raise InputError(f"{path}: a JSON {type(content).__name__} where an object is expected; {remedy}")
     return content
+
+
+def link_or_copy(file: Path, place: Path) -> None:
+    """The same file in another place; a copy only where it cannot be linked, as on another disk."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)
 
 
 def write_manifest(folder: Path, kind: str, facts: dict[str, Any]) -> None:

@@ -177,6 +177,24 @@ class Engine:
         finally:
             self.end(sequence)
 
+    def score(self, tokens: Sequence[int]) -> Tensor:
+        """Log-probability [T-1], in nats, of every token after the first, given those before it: for measurements."""
+        self._check(tokens, self.context)
+        self.forget()  # of known tokens there would be no logits
+        sequence = self.begin(tokens, len(tokens))
+        scored = []
+        try:
+            with torch.inference_mode():
+                while (start := sequence.computed) < len(tokens) - 1:
+                    share = min(STEP_TOKENS, len(tokens) - 1 - start)
+                    logits_TV = self._model.head(self._forward([sequence], [share])).float().log_softmax(dim=-1)
+                    next_T1 = torch.tensor(tokens[start + 1 : start + share + 1])[:, None]
+                    scored.append(logits_TV.gather(1, next_T1)[:, 0])
+                    sequence.computed += share
+        finally:
+            self.end(sequence)
+        return torch.cat(scored)
+
     def begin(self, tokens: Sequence[int], room: int) -> TokenSequence:
         """A sequence with room for that many tokens in all, sharing what is known of its beginning."""
         self._check(tokens, room)

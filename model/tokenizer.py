@@ -66,6 +66,29 @@ class Tokenizer:
         said = [{**message, "content": self.plain(message["content"])} for message in messages]
         return self.encode(self.render_chat(said), add_special=False)
 
+    def encode_dialogue(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Tokens of a conversation up to the end of its last reply, and which of them the model has to say.
+
+        Those are the replies and the token that ends each. Raises InputError if the template does not write a reply
+        where it asks for one.
+        """
+        said = [{**message, "content": self.plain(message["content"])} for message in messages]
+        text, spans = self.render_chat(said), []
+        for count, message in enumerate(said):
+            if message["role"] == "assistant":
+                prompt = self.render_chat(said[:count])
+                if not text.startswith(prompt + message["content"]):
+                    raise InputError(f"the chat template writes a reply elsewhere: {message['content'][:60]!r}")
+                spans.append((len(prompt), len(prompt) + len(message["content"])))
+        encoded = self._fast.encode(text, add_special_tokens=False)
+        ends = {end for _, end in spans}
+        own = [
+            first in ends or any(start <= first and last <= end for start, end in spans)
+            for first, last in encoded.offsets
+        ]
+        length = len(own) - own[::-1].index(True)
+        return encoded.ids[:length], own[:length]
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; a special token's are those of its spelling, an unknown one has none."""
         spelling: str | None = self._fast.id_to_token(token)

@@ -21,6 +21,7 @@ from model.artifact import write_json, write_manifest
 from pipeline.author_data import read_contrast, read_document, read_entries, texts_of
 from pipeline.configs import BuildCacheConfig
 from pipeline.progress import track
+from pipeline.stories import read_persona
 from serving.embedder import Embedder
 
 LINKS = 32
@@ -43,7 +44,7 @@ def run(
     read = read_entries(entries, schemas)
     apart = [question.text for question in read_contrast(contrast, schemas, {entry.id for entry in read})]
     content = {
-        "persona": read_document(persona, schemas / "persona.schema.json").content,
+        "persona": read_persona(persona, schemas),
         "prologue": read_document(prologue, schemas / "prologue.schema.json").content,
         "entries": [{"id": entry.id, "answer": entry.answer, "phrasings": entry.phrasings} for entry in read],
         "contrast": apart,

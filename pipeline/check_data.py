@@ -22,6 +22,9 @@ from pipeline.author_data import (
     read_validation,
 )
 from pipeline.progress import track
+from pipeline.reply_measures import sentences
+from pipeline.stories import Dialogue, check_sealed, read_dialogues, read_persona, read_stories
+from pipeline.visits import read_visits
 from serving.cache import Cache, Considered, Hit
 from serving.certificate import admit
 from serving.embedder import Embedder
@@ -56,11 +59,12 @@ def check(data: Path, build: Path, misses: Path | None = None) -> Findings:
             errors.append(str(fault))
             return None
 
-    for name in ("persona", "prologue"):
-        attempt(read_document, data / f"{name}.yaml", schemas / f"{name}.schema.json")
+    attempt(read_persona, data / "persona.yaml", schemas)
+    attempt(read_document, data / "prologue.yaml", schemas / "prologue.schema.json")
+    voice = _check_voice(data, schemas, attempt)
     entries = attempt(read_entries, data / "entries", schemas)
     if entries is None:
-        return Findings(errors, ["the questions were not looked at, because they name intents"], [])
+        return Findings(errors, [*voice, "the questions were not looked at, because they name intents"], [])
     ids = {entry.id for entry in entries}
     sets = {
         "contrast": attempt(read_contrast, data / "contrast", schemas, ids),
@@ -69,17 +73,32 @@ def check(data: Path, build: Path, misses: Path | None = None) -> Findings:
     }
     attempt(check_apart, entries, {name: found for name, found in sets.items() if found is not None})
     if not (build / "cache").is_dir():
-        return Findings(errors, [f"no cache in {build}, so likeness was not looked at: run make pipeline"], [])
+        return Findings(errors, [*voice, f"no cache in {build}, so likeness was not looked at: run make pipeline"], [])
     cache = Cache(build / "cache", Embedder(build / "embedder"))
     admit(cache, build / "certificate.json")
     warnings = (
         [] if _is_of(cache, entries) else [f"{build}/cache is of an earlier state of the entries: run make pipeline"]
     )
-    warnings += _near_duplicates(cache, entries)
+    warnings += [*voice, *_near_duplicates(cache, entries)]
     if cache.threshold is None:
         return Findings(errors, [*warnings, f"nothing is answered by likeness: {cache.uncertified}"], [])
     warnings += _missed(cache, sets["validation/dev"] or [])
     return Findings(errors, warnings, list(_suggestions(cache, entries, misses)) if misses else [])
+
+
+def _check_voice(data: Path, schemas: Path, attempt: Callable[..., Any]) -> list[str]:
+    """Reads dialogues and visits; warns of replies that are not as the persona is asked to speak."""
+    taught: list[Dialogue] = attempt(read_stories, data / "stories", schemas) or []
+    sealed: list[Dialogue] = attempt(read_dialogues, data / "replies/sealed.yaml", schemas) or []
+    for name in ("dev", "cert"):
+        attempt(read_visits, data / f"replies/{name}.yaml", schemas)
+    attempt(check_sealed, taught, sealed)
+    endings = [(dialogue.line, "".join(sentences(turn.reply)[-1:])) for dialogue in taught for turn in dialogue.turns]
+    return [
+        f"{line}: a reply ends in neither a question nor a choice: {ending!r}"
+        for line, ending in endings
+        if "?" not in ending and " or" not in ending
+    ]
 
 
 def _is_of(cache: Cache, entries: Sequence[Entry]) -> bool:

@@ -30,6 +30,34 @@ class FetchConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuneConfig(Checked):
+    """How the float model learns to speak as the persona does, from dialogues that the author wrote."""
+
+    steps: Annotated[int, Range(0, 100_000)]
+    """Of training, at most; 0 leaves the model as it is."""
+    adapter: str = ""
+    """folder:PATH of a LoRA adapter in PEFT's format, to be used instead of training."""
+    rank: Annotated[int, Range(1, 1024)] = 8
+    """Directions in which every matrix of the layers may change."""
+    scale: Annotated[float, Range(0, 100)] = 2.0
+    """What the change is multiplied with (LoRA's alpha over its rank)."""
+    learning_rate: Annotated[float, Range(0, 1)] = 8e-4
+    dialogues_per_step: Annotated[int, Range(1, 1000)] = 4
+    held_out: Annotated[int, Range(1, 1000)] = 20
+    """Dialogues that are not learnt from, and say when to stop."""
+    evaluate_every: Annotated[int, Range(1, 10_000)] = 32
+    """Steps between looks at those."""
+    longest_tokens: Annotated[int, Range(64, 131072)] = 2048
+    """Of a dialogue with the persona's prompt; more than the context would never be served."""
+    seed: Annotated[int, Range(0)] = 20260101
+
+    @property
+    def trains(self) -> bool:
+        """Whether dialogues are read at all: without, an author may edit them and no weights are made anew."""
+        return self.steps > 0 and not self.adapter
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig(Checked):
     """The engine's compiled form."""
 
@@ -143,6 +171,45 @@ class GateQualityConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GateRepliesConfig(Checked):
+    """Limits of the gate of replies; each is held against a one-sided confidence limit of what was measured."""
+
+    questions: Literal["dev", "cert"]
+    """Which file of `cache_data/replies` is asked: what settings are tuned on, or what they are judged on."""
+    openings: Annotated[int, Range(2)]
+    """Visits of one move that are asked, evenly from all there are."""
+    visits: Annotated[int, Range(0)]
+    """Visits of several moves."""
+    seeds: Annotated[int, Range(1, 100)]
+    """How often each is asked."""
+    float_openings: Annotated[int, Range(0)]
+    """Of the first replies, how many the float model gives as well; 0 where it would not fit into memory."""
+    sealed: Annotated[int, Range(1)]
+    """Sealed dialogues whose replies are read."""
+    together: Annotated[int, Range(1, 64)] = 8
+    """Visits at once."""
+    confidence: Share = 0.95
+    # On the embedded model 88 replies have one loop, 87 choices, 7 foreign names and distinct-3 at 0.81. Limits leave
+    # room for two more faults of a kind, since another CPU family rounds, and tells, otherwise; for none of the others.
+    loops_max: Share = 0.09
+    cut_max: Share = 0.08
+    other_faults_max: Share = 0.05
+    """Another language, the system prompt told, claims to be human, unsafe words: each of them."""
+    foreign_names_max: Share = 0.2
+    choices_min: Share = 0.87
+    second_person_min: Share = 0.8
+    length_min: Share = 0.85
+    taken_up_min: Share = 0.65
+    nobody_unmet_min: Share = 0.85
+    distinct3_min: Annotated[float, Range(0)] = 0.7
+    """Variety of the replies beside that of written ones: distinct-3 in ratio."""
+    perplexity_max: Annotated[float, Range(1)] = 30.0
+    perplexity_ratio_max: Annotated[float, Range(0)] = 1.2
+    worse_than_float_max: Annotated[float, Range(0)] = 0.3
+    """Faults of an average reply, quantized less float."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GateLatencyConfig(Checked):
     """Limits of the latency gate: this engine against the unquantized model, interleaved in one run."""
 
@@ -181,6 +248,7 @@ class Config:
     """One named configuration of the whole pipeline; each field is a stage's name."""
 
     fetch: FetchConfig
+    tune: TuneConfig
     quantize: Recipe
     export: ExportConfig
     training_set: TrainingSetConfig
@@ -189,6 +257,7 @@ class Config:
     build_cache: BuildCacheConfig
     certify_cache: CertifyCacheConfig
     gate_quality: GateQualityConfig
+    gate_replies: GateRepliesConfig
     gate_latency: GateLatencyConfig
     savings: SavingsConfig
     report: ReportConfig
@@ -203,6 +272,7 @@ def embedded() -> Config:
             model_id="HuggingFaceTB/SmolLM2-135M-Instruct",
             licence="Apache-2.0",
         ),
+        tune=TuneConfig(steps=128),
         quantize=Recipe(scheme="int4-g32", embedding_bits=8, head_bits=8, method="gptq"),
         export=ExportConfig(context_tokens=2048),
         training_set=TrainingSetConfig(),
@@ -247,6 +317,7 @@ def embedded() -> Config:
             same_top1_min=0.72,
             perplexity_ratio_max=1.2,
         ),
+        gate_replies=GateRepliesConfig(questions="cert", openings=48, visits=10, seeds=1, float_openings=16, sealed=8),
         gate_latency=GateLatencyConfig(
             repetitions=7,
             prompt_tokens=128,
@@ -272,8 +343,16 @@ def llama31_8b() -> Config:
             model_id="meta-llama/Llama-3.1-8B-Instruct",
             licence="llama3.1",
         ),
+        tune=TuneConfig(steps=0),  # its float weights and gradients need more memory than a runner has
         quantize=replace(base.quantize, head_bits=4, method="weighted-search", calibration_tokens=2048),
         export=ExportConfig(context_tokens=4096),
+        gate_replies=replace(
+            base.gate_replies,  # never measured: limits for a model that was not taught the persona's voice
+            float_openings=0,
+            choices_min=0.6,
+            length_min=0.5,
+            foreign_names_max=0.4,
+        ),
         gate_latency=replace(base.gate_latency, repetitions=5, output_tokens=16),  # a bf16 token takes seconds
         # llama.cpp's Q4_0 of Llama 3 8B: mean KL divergence 0.072, perplexity +7.5 % (its perplexity README)
         gate_quality=replace(

@@ -6,8 +6,6 @@ comes. Names, shapes, sizes and digests are checked here, before anything is com
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from model.architecture import Architecture
-from model.artifact import write_json
+from model.artifact import link_or_copy, write_json
 from model.checkpoint import INDEX, Checkpoint, GgufCheckpoint, SafetensorsCheckpoint, declared_architecture
 from model.errors import InputError
 from model.shards import write_shards
@@ -72,10 +70,7 @@ def _brought(found: Path, output: Path) -> Architecture:
 
 def _link(folder: Path, output: Path, patterns: Sequence[str]) -> None:
     for file in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        try:
-            os.link(file.resolve(), output / file.name)
-        except OSError:
-            shutil.copyfile(file, output / file.name)
+        link_or_copy(file.resolve(), output / file.name)
 
 
 def _write_weights(checkpoint: Checkpoint, output: Path) -> None:

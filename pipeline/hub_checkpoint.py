@@ -24,10 +24,13 @@ from model.checkpoint import (
     weight_map,
 )
 from model.errors import InputError
+from pipeline.adapter import Adapted, Adapter
 from pipeline.hub import HubModel, Shard
 from pipeline.progress import say
 
 HUB = "hub.json"
+ADAPTER = Path("adapter/storyteller.safetensors")
+"""In a folder of its own, so that nobody takes it for a part of the weights."""
 KEPT_BYTES = 1 << 30
 """Most that is kept in memory of a layer that two shards share; a layer of Llama 3.1 8B has 436 MB."""
 
@@ -44,12 +47,20 @@ def leave_on_hub(model: HubModel, folder: Path) -> None:
 
 @contextmanager
 def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
-    """A fetched checkpoint, wherever its weights are. After an error, the next run finds what was downloaded."""
+    """A fetched or tuned checkpoint, wherever its weights are; an adapter beside them is merged into them.
+
+    After an error, the next run finds what was downloaded.
+    """
+    adapter = Adapter.read(folder / ADAPTER) if (folder / ADAPTER).exists() else None
+
+    def adapted(checkpoint: Checkpoint) -> Checkpoint:
+        return checkpoint if adapter is None else Adapted(checkpoint, adapter)
+
     if not (folder / HUB).exists():
-        yield SafetensorsCheckpoint(folder)
+        yield adapted(SafetensorsCheckpoint(folder))
         return
     checkpoint = HubCheckpoint(folder, folder.parent / ".hub")
-    yield checkpoint
+    yield adapted(checkpoint)
     checkpoint.close()
 
 

@@ -14,22 +14,26 @@ Report = dict[str, Any]
 def run(
     _config: ReportConfig,
     engine: Path,
+    tuning: Path,
     quantization: Path,
     cache: Path,
     cache_report: Path,
     quality: Path,
+    replies: Path,
     latency: Path,
     savings: Path,
     summary: Path,
 ) -> None:
     """Writes summary.md from the other stages' reports."""
-    read = [json.loads(path.read_text(encoding="utf-8")) for path in (cache_report, quality, latency)]
+    reports = (cache_report, quality, latency, tuning, replies)
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in reports]
     model, content = read_manifest(engine, "engine"), read_manifest(cache, "cache")
     errors = json.loads(quantization.read_text(encoding="utf-8"))["tensors"]
     parts = [
         _heading(model, content, read),
         _verdicts(read),
         _quality(read[1], errors),
+        _replies(read[4], read[3]),
         _speed(read[2]),
         _cache(read[0]),
         _savings(json.loads(savings.read_text(encoding="utf-8"))),
@@ -68,6 +72,48 @@ def _quality(quality: Report, errors: Report) -> str:
         f"({top1['lower']:.1%} to {top1['upper']:.1%}), perplexity x {ratio['value']:.3f} ({ratio['lower']:.3f} to "
         f"{ratio['upper']:.3f}). Weights: {statistics.median(sqnr):.1f} dB signal to noise in the median tensor, "
         f"{min(sqnr):.1f} dB in the worst (`{worst}`)."
+    )
+
+
+def _replies(replies: Report, tuning: Report) -> str:
+    measured = replies["measures"]
+    rows = [f"| {name} | {' | '.join(_share(of.get(name)) for of in measured.values())} |" for name in measured["all"]]
+    table = "\n".join([f"| share of replies | {' | '.join(measured)} |", f"|---|{'---:|' * len(measured)}", *rows])
+    worst = "\n\n".join(
+        f"**{one['move']}** (turn {one['turn']}, seed {one['seed']}: {', '.join(one['faults']) or 'no fault'})\n\n"
+        f"> {' '.join(one['reply'].split())}"
+        for one in replies["worst"]
+    )
+    sentences = (
+        f"{replies['replies']} replies to moves that no dialogue taught, {replies['tokens']} tokens.",
+        f"Replies that an author wrote and sealed: perplexity {replies['perplexity']:.1f}.",
+        f"Variety beside written replies: distinct-2 {replies['distinct_2']:.2f}, distinct-3 "
+        f"{replies['distinct_3']:.2f}.",
+    )
+    details = f"<details><summary>The worst replies, word for word</summary>\n\n{worst}\n\n</details>"
+    return f"## Replies\n\n{' '.join(sentences)}\n\n{table}\n\n{details}\n\n{_tuning(tuning)}"
+
+
+def _share(figure: Report | None) -> str:
+    return f"{figure['share']:.1%}" if figure and figure["of"] else "n/a"
+
+
+def _tuning(tuning: Report) -> str:
+    if not tuning["tuned"]:
+        return "The model speaks as it came: no dialogues were taught."
+    if "curve" not in tuning:
+        return f"The model speaks with a given adapter, `{tuning['given']}`."
+    curve = [(point["step"], point["held_out"]) for point in tuning["curve"]]
+    top = max(loss for _, loss in curve)
+    return (
+        f"Taught by {tuning['dialogues']} dialogues ({tuning['replies']} replies): the perplexity of "
+        f"{tuning['held_out']} held-out ones went from {tuning['perplexity_before']:.1f} to "
+        f"{tuning['perplexity_after']:.1f}, best after {tuning['best_step']} steps.\n\n"
+        "```mermaid\nxychart-beta\n"
+        '    title "Held-out replies, nats per token"\n'
+        f'    x-axis "steps" [{", ".join(str(step) for step, _ in curve)}]\n'
+        f"    y-axis 0 --> {top:.1f}\n"
+        f"    line [{', '.join(f'{loss:.2f}' for _, loss in curve)}]\n```"
     )
 
 

@@ -6,6 +6,7 @@ from pipeline.configs import Config
 from pipeline.stage import Stage
 
 CHECKPOINT = Path("checkpoint")
+TUNED = Path("tuned")
 INT4 = Path("int4")
 ENGINE = Path("engine")
 TRAINING_SET = Path("training_set.json")
@@ -13,9 +14,11 @@ TRAINED = Path("trained")
 EMBEDDER = Path("embedder")
 CACHE = Path("cache")
 CERTIFICATE = Path("certificate.json")
+TUNING = Path("reports/tuning.json")
 QUANTIZATION = Path("reports/quantization.json")
 CACHE_REPORT = Path("reports/cache.json")
 QUALITY = Path("reports/quality.json")
+REPLIES = Path("reports/replies.json")
 LATENCY = Path("reports/latency.json")
 SAVINGS = Path("reports/savings.json")
 SUMMARY = Path("reports/summary.md")
@@ -25,6 +28,9 @@ GATE_TEXT = Path("pipeline/texts/gate.txt")
 ENTRIES = Path("cache_data/entries")
 CONTRAST = Path("cache_data/contrast")
 ADAPTERS = Path("cache_data/adapters")
+STORIES = Path("cache_data/stories")
+VISITS = Path("cache_data/replies")
+UNSAFE_WORDS = Path("pipeline/texts/unsafe_words.txt")
 VALIDATION = Path("cache_data/validation")
 PERSONA = Path("cache_data/persona.yaml")
 PROLOGUE = Path("cache_data/prologue.yaml")
@@ -36,10 +42,18 @@ def table(config: Config) -> tuple[Stage, ...]:
     return (
         Stage(name="fetch", config=config.fetch, sources=_folder_of(config.fetch.source), outputs=(CHECKPOINT,)),
         Stage(
+            name="tune",
+            config=config.tune,
+            sources=(STORIES, PERSONA, PROLOGUE, SCHEMA) if config.tune.trains else _folder_of(config.tune.adapter),
+            inputs=(CHECKPOINT,),
+            outputs=(TUNED, TUNING),
+            resumable=True,
+        ),
+        Stage(
             name="quantize",
             config=config.quantize,
             sources=(CALIBRATION_TEXT,),
-            inputs=(CHECKPOINT,),
+            inputs=(TUNED,),
             outputs=(INT4, QUANTIZATION),
             resumable=True,
             cores="free",
@@ -48,7 +62,7 @@ def table(config: Config) -> tuple[Stage, ...]:
             name="gate_quality",
             config=config.gate_quality,
             sources=(GATE_TEXT, CALIBRATION_TEXT),
-            inputs=(CHECKPOINT, INT4),
+            inputs=(TUNED, INT4),
             outputs=(QUALITY,),
             cores="free",
         ),
@@ -85,6 +99,13 @@ def table(config: Config) -> tuple[Stage, ...]:
             cores="one",
         ),
         Stage(
+            name="gate_replies",
+            config=config.gate_replies,
+            sources=(VISITS, STORIES, ENTRIES, PERSONA, PROLOGUE, SCHEMA, UNSAFE_WORDS),
+            inputs=(ENGINE, EMBEDDER, *((TUNED,) if config.gate_replies.float_openings else ())),
+            outputs=(REPLIES,),
+        ),
+        Stage(
             name="gate_latency",
             config=config.gate_latency,
             sources=(GATE_TEXT,),
@@ -102,7 +123,7 @@ def table(config: Config) -> tuple[Stage, ...]:
         Stage(
             name="report",
             config=config.report,
-            inputs=(ENGINE, QUANTIZATION, CACHE, CACHE_REPORT, QUALITY, LATENCY, SAVINGS),
+            inputs=(ENGINE, TUNING, QUANTIZATION, CACHE, CACHE_REPORT, QUALITY, REPLIES, LATENCY, SAVINGS),
             outputs=(SUMMARY,),
         ),
     )

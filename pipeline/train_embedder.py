@@ -28,7 +28,6 @@ from model.artifact import file_digest, write_json
 from model.errors import InputError
 from pipeline.adapter import Adapter
 from pipeline.configs import TrainEmbedderConfig
-from pipeline.fingerprint import describe_changes
 from pipeline.licences import copy_licences
 from pipeline.progress import say, track
 from pipeline.sources import locate
@@ -61,7 +60,7 @@ def run(config: TrainEmbedderConfig, *paths: Path) -> None:
     network: Any = model[0].auto_model
     base = {name: weight.detach().clone() for name, weight in network.state_dict().items()}
     trained_on = _trained_on(config, source, training_set)
-    adapter = _kept_adapter(kept / ADAPTER, trained_on)
+    adapter = Adapter.kept(kept / ADAPTER, trained_on)
     if adapter is None:
         _train(model, config, _Lessons(config, json.loads(training_set.read_text(encoding="utf-8"))))
         adapter = Adapter.between(base, network.state_dict(), config.adapter_rank, trained_on)
@@ -100,20 +99,6 @@ def _trained_on(config: TrainEmbedderConfig, source: Path, training_set: Path) -
         "procedure": PROCEDURE,
         **{f"configuration {name}": value for name, value in settings.items() if name not in places},
     }
-
-
-def _kept_adapter(file: Path, trained_on: Mapping[str, str]) -> Adapter | None:
-    """The adapter that is kept there, if it was trained on just this."""
-    if not file.exists():
-        say(f"  no {file.name} is kept in {file.parent}: training")
-        return None
-    adapter = Adapter.read(file)
-    changes = describe_changes(adapter.trained_on, trained_on)
-    if changes:
-        say(f"  {file} was trained on something else ({'; '.join(changes[:3])}): training")
-        return None
-    say(f"  {file} was trained on just this: no training")
-    return adapter
 
 
 class _Lessons:

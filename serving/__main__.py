@@ -15,6 +15,7 @@ from model.sampling import Sampling
 from model.tokenizer import Message
 from serving.answer import Reply, Storyteller
 from serving.cache import Hit, Miss
+from serving.choices import as_move, choices
 from serving.settings import Settings
 
 EPILOG = """examples:
@@ -25,7 +26,7 @@ EPILOG = """examples:
   PORT=9000 python -m serving serve
 
 environment: the README's table "Settings of the server" has every variable"""
-CHAT_HELP = "Type what you do or ask. /new starts over, /quit leaves, Ctrl-C stops a reply."
+CHAT_HELP = "Type what you do or ask, or the number of a choice. /new starts over, /quit leaves, Ctrl-C stops a reply."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +49,7 @@ def ask(settings: Settings, options: argparse.Namespace) -> int:
     """Answers one question: the answer on standard output, where it came from on standard error."""
     storyteller = Storyteller(settings)
     question = {"role": "user", "content": options.question}
-    reply = storyteller.reply([question], _sampling(options), use_cache=not options.no_cache)
+    reply = storyteller.reply([question], _sampling(storyteller, options), use_cache=not options.no_cache)
     _print_reply(reply)
     return 0
 
@@ -59,19 +60,26 @@ def chat(settings: Settings, options: argparse.Namespace) -> int:
     print(storyteller.cache.persona["greeting"])
     print(CHAT_HELP, file=sys.stderr)
     conversation: list[Message] = []
+    offered: list[str] = []
     while (said := _read_line()) is not None:
         if said == "/quit":
             break
         if said == "/new":
-            conversation = []
+            conversation, offered = [], []
             print(storyteller.cache.persona["greeting"])
         elif said.startswith("/"):
             print(CHAT_HELP, file=sys.stderr)
         elif said:
+            if said.isdecimal() and 1 <= int(said) <= len(offered):
+                said = as_move(offered[int(said) - 1])
+                print(said, file=sys.stderr)
             asked = [*conversation, {"role": "user", "content": said}]
             text = _answer_turn(storyteller, asked, options)
             if text is not None:
                 conversation = [*asked, {"role": "assistant", "content": text}]
+                offered = choices(text)
+                for number, choice in enumerate(offered, start=1):
+                    print(f"  {number}  {choice}", file=sys.stderr)
     return 0
 
 
@@ -114,7 +122,7 @@ def key(_settings: Settings, _options: argparse.Namespace) -> int:
 def _answer_turn(storyteller: Storyteller, conversation: list[Message], options: argparse.Namespace) -> str | None:
     """Prints the reply and returns its text; None if the message was refused, so that it is not remembered."""
     try:
-        reply = storyteller.reply(conversation, _sampling(options), use_cache=not options.no_cache)
+        reply = storyteller.reply(conversation, _sampling(storyteller, options), use_cache=not options.no_cache)
     except InputError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return None
@@ -158,10 +166,10 @@ def _read_line() -> str | None:
         return None
 
 
-def _sampling(options: argparse.Namespace) -> Sampling:
+def _sampling(storyteller: Storyteller, options: argparse.Namespace) -> Sampling:
     names = [field.name for field in fields(Sampling) if field.name not in ("stop", "logprobs")]
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return Sampling(**given, stop=tuple(options.stop))
+    return Sampling(**{**storyteller.manner, **given}, stop=tuple(options.stop))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,21 +182,14 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--build", metavar="FOLDER", help="a build folder (default: EMERALD_BUILD or build/embedded)")
     sampled = argparse.ArgumentParser(add_help=False)
-    sampled.add_argument(
-        "--temperature", type=float, help=f"0 to 2; 0 always takes the likeliest token (default {Sampling.temperature})"
-    )
-    sampled.add_argument(
-        "--top-p", type=float, help=f"keep the likeliest tokens up to this total probability (default {Sampling.top_p})"
-    )
-    sampled.add_argument("--top-k", type=int, help="keep this many of the likeliest tokens (default: all)")
-    sampled.add_argument("--min-p", type=float, help="keep tokens this likely beside the likeliest (default 0)")
-    sampled.add_argument(
-        "--repetition-penalty", type=float, help="above 1 avoids what prompt and reply hold (default 1)"
-    )
-    sampled.add_argument(
-        "--frequency-penalty", type=float, help="-2 to 2, for each time the reply has a token (default 0)"
-    )
-    sampled.add_argument("--presence-penalty", type=float, help="-2 to 2, once the reply has a token (default 0)")
+    manner = sampled.add_argument_group("sampling", "What is not given is the persona's own (cache_data/persona.yaml).")
+    manner.add_argument("--temperature", type=float, help="0 to 2; 0 always takes the likeliest token")
+    manner.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this total probability")
+    manner.add_argument("--top-k", type=int, help="keep this many of the likeliest tokens")
+    manner.add_argument("--min-p", type=float, help="keep tokens this likely beside the likeliest")
+    manner.add_argument("--repetition-penalty", type=float, help="above 1 avoids what prompt and reply hold")
+    manner.add_argument("--frequency-penalty", type=float, help="-2 to 2, for each time the reply has a token")
+    manner.add_argument("--presence-penalty", type=float, help="-2 to 2, once the reply has a token")
     sampled.add_argument("--seed", type=int, help="makes a reply repeatable")
     sampled.add_argument("--max-tokens", type=int, help=f"longest reply (default {Sampling.max_tokens})")
     sampled.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")

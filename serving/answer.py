@@ -24,7 +24,8 @@ from model.tokenizer import Message
 from serving.cache import LONGEST_QUESTION, Cache, Hit, Miss
 from serving.certificate import Certificate, admit
 from serving.embedder import Embedder
-from serving.prologue import model_id, visible
+from serving.persona import manner
+from serving.prologue import model_id, system_prompt, visible
 from serving.settings import Settings
 
 LOG = logging.getLogger(__name__)
@@ -105,6 +106,11 @@ class Storyteller:
         """The model's name, which its folder tells before it is loaded and verified."""
         return model_id(self._settings.folder("engine").parent)
 
+    @cached_property
+    def manner(self) -> Mapping[str, Any]:
+        """How the persona speaks unless it is told otherwise: its values of `Sampling`."""
+        return manner(self.cache.persona, self.model_id)
+
     def prologue(self) -> dict[str, Any]:
         """Persona and prologue as visitors see them: what a choice tells the model stays here."""
         return visible(self.cache.persona, self.cache.prologue)
@@ -176,19 +182,7 @@ class Storyteller:
 
     def _system(self, choices: Mapping[str, str]) -> Message:
         """The persona, and what the visitor's choices in the prologue add to it."""
-        scenes = {scene["id"]: scene.get("choices", ()) for scene in self.cache.prologue["scenes"]}
-        unknown = sorted(choices.keys() - scenes.keys())
-        if unknown:
-            raise InputError(f"choices: the prologue has no scene {unknown[0]!r}; see /prologue")
-        shapes = []
-        for scene, options in scenes.items():
-            if scene in choices:
-                shaped = next((option["shapes"] for option in options if option["id"] == choices[scene]), None)
-                if shaped is None:
-                    raise InputError(f"choices: scene {scene!r} offers no {choices[scene]!r}; see /prologue")
-                shapes.append(shaped)
-        persona = self.cache.persona["system_prompt"].strip()
-        return {"role": "system", "content": " ".join([persona, *shapes])}
+        return {"role": "system", "content": system_prompt(self.cache.persona, self.cache.prologue, choices)}
 
 
 def spoken(answer: str) -> Iterator[Piece]:

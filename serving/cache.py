@@ -88,7 +88,7 @@ class Cache:
         self.entries: dict[str, dict[str, Any]] = {entry["id"]: entry for entry in content["entries"]}
         self.phrasings = [(entry["id"], text) for entry in content["entries"] for text in entry["phrasings"]]
         self.contrast: list[str] = content["contrast"]
-        self.persona: dict[str, str] = content["persona"]
+        self.persona: dict[str, Any] = content["persona"]
         self.prologue: dict[str, Any] = content["prologue"]
         self.embedder = embedder
         self.threshold: float | None = None

@@ -73,7 +73,8 @@ class Calls:
         self._service.check_model(request.model)
         inbox = Inbox(STREAM_SECONDS if request.stream else math.inf)
         client, seconds = http.scope["client_name"], self._settings.reply_seconds
-        ticket = Ticket(request.sampling(self._settings), client, seconds, inbox.deliver, inbox.flush)
+        sampling = request.sampling(self._settings, self._service.manner(request))
+        ticket = Ticket(sampling, client, seconds, inbox.deliver, inbox.flush)
         self._enter(client)
         call = Call(ticket, lambda reason, origin: self._leave(ticket, reason, origin), self._metrics.refused)
         batches = inbox.batches()

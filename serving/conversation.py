@@ -72,7 +72,7 @@ class Conversation:
         LOG.info("%s: %s", self._client, veiled(turns[-1]["content"], self._service.settings))
         inbox: SimpleQueue[Piece | Exception] = SimpleQueue()
         left = self._until - time.monotonic()
-        ticket = Ticket(request.sampling(self._service.settings), self._client, left, inbox.put)
+        ticket = Ticket(request.sampling(self._service.settings, {}), self._client, left, inbox.put)
         outcome = "abort"
         try:
             origin = self._origin(ticket, request)
@@ -106,6 +106,7 @@ class Conversation:
         while True:
             try:
                 self._service.check_model(request.model)
+                ticket.sampling = request.sampling(self._service.settings, self._service.manner(request))
                 found = self._service.answer(
                     ticket, turns, use_cache=request.takes_ready_answers, choices=request.emerald.choices
                 )

@@ -11,7 +11,23 @@ BADGES = (("llama", "Built with Llama"),)
 """What a licence wants shown to whoever talks to the model, by the start of the licence's name (Llama 3.1, 1.b.i)."""
 
 
-def visible(persona: Mapping[str, str], prologue: Mapping[str, Any]) -> dict[str, Any]:
+def system_prompt(persona: Mapping[str, Any], prologue: Mapping[str, Any], choices: Mapping[str, str]) -> str:
+    """The persona, and what the visitor's choices in the prologue add to it; InputError for one that is not offered."""
+    scenes = {scene["id"]: scene.get("choices", ()) for scene in prologue["scenes"]}
+    unknown = sorted(choices.keys() - scenes.keys())
+    if unknown:
+        raise InputError(f"choices: the prologue has no scene {unknown[0]!r}; see /prologue")
+    shapes = []
+    for scene, options in scenes.items():
+        if scene in choices:
+            shaped = next((option["shapes"] for option in options if option["id"] == choices[scene]), None)
+            if shaped is None:
+                raise InputError(f"choices: scene {scene!r} offers no {choices[scene]!r}; see /prologue")
+            shapes.append(shaped)
+    return " ".join([persona["system_prompt"].strip(), *shapes])
+
+
+def visible(persona: Mapping[str, Any], prologue: Mapping[str, Any]) -> dict[str, Any]:
     """Persona and prologue as visitors see them: what a choice tells the model stays here."""
     scenes = [
         {**scene, "choices": [{"id": one["id"], "label": one["label"]} for one in scene["choices"]]}

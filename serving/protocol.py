@@ -122,15 +122,15 @@ class _Generation(_Strict):
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, settings: Settings) -> Sampling:
-        """The request's wishes; InputError names one that is out of range."""
+    def sampling(self, settings: Settings, unless_given: Mapping[str, Any]) -> Sampling:
+        """The request's wishes, before others' and `Sampling`'s own; InputError names one that is out of range."""
         longest = self.longest or settings.reply_tokens_max
         if longest > settings.reply_tokens_max:
             raise InputError(f"max_tokens = {longest}: this server gives at most {settings.reply_tokens_max}")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         names = {field.name for field in fields(Sampling)} - {"max_tokens", "stop", "logprobs"}
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return Sampling(**given, max_tokens=longest, stop=tuple(stop), logprobs=self.alternatives)
+        return Sampling(**{**unless_given, **given}, max_tokens=longest, stop=tuple(stop), logprobs=self.alternatives)
 
 
 class ChatRequest(_Generation):
@@ -157,7 +157,12 @@ class ChatRequest(_Generation):
     @property
     def takes_ready_answers(self) -> bool:
         """Whether the cache may answer: not if it is bypassed, nor for another persona than the one it speaks as."""
-        return self.emerald.cache and self.messages[0].plain()["role"] != "system"
+        return self.emerald.cache and not self.own_system_prompt
+
+    @property
+    def own_system_prompt(self) -> bool:
+        """Whether somebody else than the persona is to speak."""
+        return self.messages[0].plain()["role"] == "system"
 
     def conversation(self, settings: Settings) -> list[Message]:
         """The turns, oldest first; InputError for a system prompt where none is allowed."""

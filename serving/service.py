@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from model.engine import Engine, Piece
 from model.errors import InputError
 from model.threads import use_threads
 from model.tokenizer import Message
 from serving.answer import Origin, Storyteller, spoken
+from serving.protocol import ChatRequest, TextRequest
 from serving.scheduler import ClosingError, QueueFullError, Scheduler, Ticket
 from serving.settings import Settings
 
@@ -89,6 +90,11 @@ class Service:
         known = self.opened().model_id
         if name not in (None, OWN_NAME, known):
             raise UnknownModelError(f"model {name!r} is not served here; use {known!r} or {OWN_NAME!r}")
+
+    def manner(self, request: ChatRequest | TextRequest) -> Mapping[str, Any]:
+        """The persona's sampling, where it is the persona that speaks."""
+        persona = isinstance(request, ChatRequest) and not request.own_system_prompt
+        return self.opened().manner if persona else {}
 
     def answer(
         self,

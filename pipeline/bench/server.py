@@ -165,7 +165,8 @@ async def _round(load: Load, clients: int) -> dict[str, float]:
 def _beside_engine(port: int, engine: Engine, persona: str, repetitions: int) -> dict[str, Any]:
     """Tokens per second after the first of one greedy reply: from the engine, and as a client of the server sees it."""
     messages = [{"role": "system", "content": persona}, {"role": "user", "content": "I walk to the gate and look up."}]
-    body = {"messages": messages, "temperature": 0, "max_tokens": REPLY_TOKENS, "stop": "no such text", "stream": True}
+    greedy = {"temperature": 0, "repetition_penalty": 1, "max_tokens": REPLY_TOKENS}  # not the persona's own
+    body = {"messages": messages, **greedy, "stop": "no such text", "stream": True}
     prompt = engine.tokenizer.encode_chat(messages)
     sampling = Sampling(temperature=0, max_tokens=REPLY_TOKENS, stop=("no such text",))
     rows = []

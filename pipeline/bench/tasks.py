@@ -162,7 +162,7 @@ def compare(build: Path, options: argparse.Namespace) -> int:
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise InputError(f"--tasks: the harness knows no {', '.join(unknown)}; lm-eval ls tasks lists them")
     say("the reference")
-    with open_checkpoint(build / "checkpoint") as opened:
+    with open_checkpoint(build / "tuned") as opened:
         network = float_network(opened, torch.float32, streamed=True)
         reference = answers(Scored(network, tokenizer), tasks, manager, options.limit, options.metric)
     say("int4, as served")

@@ -17,6 +17,7 @@ def model_card(build: Path, engine: dict[str, Any], embedder: dict[str, Any]) ->
         f"to `{recipe['scheme']}`, embedding {recipe['embedding_bits']} bits, head {recipe['head_bits']} bits: "
         f"{engine['bits_per_weight']:.2f} bits per weight. Compiled for `{engine['cpu']}` with torch "
         f"{engine['torch']}; its context is {engine['context']} tokens.",
+        *_taught(build),
         f"Questions are compared with **{embedder['model_id']}** (licence: {embedder['licence']}), fine-tuned on the "
         "phrasings of the ready answers.",
         _verdicts(build),
@@ -34,6 +35,17 @@ def _title(engine: dict[str, Any]) -> str:
 def _badge(engine: dict[str, Any]) -> list[str]:
     badge = terms_of(engine["licence"], engine["model_id"]).badge
     return [f"**{badge}**"] if badge else []
+
+
+def _taught(build: Path) -> list[str]:
+    """What the weights learnt before they were quantized, if this build's report says so."""
+    report = build / "reports/tuning.json"
+    tuning: dict[str, Any] = read_json(report) if report.exists() else {"tuned": False}
+    if not tuning["tuned"]:
+        return []
+    if "dialogues" not in tuning:
+        return [f"A given LoRA adapter is merged into its weights (SHA-256 `{tuning['adapter'][:12]}…`)."]
+    return [f"It was fine-tuned (LoRA) on {tuning['dialogues']} dialogues that were written for this persona."]
 
 
 def _verdicts(build: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from model.artifact import MANIFEST, file_digest, manifest_digest, read_json
 from pipeline.image.contents import OWN
 
-GATES = ("quality", "latency", "cache")
+GATES = ("quality", "replies", "latency", "cache")
 REMEDY = 'run "python -m pipeline run"'
 
 

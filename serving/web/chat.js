@@ -1,4 +1,5 @@
 // One story on the page: its turns, an answer that is growing, and what can be done with each.
+import { asMove, choices } from "/web/choices.js";
 import { button, element } from "/web/element.js";
 import { facts, headline } from "/web/origin.js";
 import { rendered } from "/web/render.js";
@@ -160,11 +161,23 @@ export class Chat {
     }
     if (turn.fault) item.append(element("p", { className: "fault", textContent: faultLine(turn) }));
     else if (turn.stopped && !turn.text) item.append(element("p", { className: "small", textContent: "Stopped." }));
+    if (!visitor && at === this.story.turns.length - 1) item.append(...this.offered(turn));
     const foot = element("div", { className: "foot" });
     if (turn.origin) foot.append(provenance(turn));
     if (at >= 0) foot.append(this.tools(turn, at, item, words));
     item.append(foot);
     return item;
+  }
+
+  // What the last reply offers, as buttons that say it in the visitor's words.
+  offered(turn) {
+    const found = turn.fault || turn.stopped || turn.origin?.source !== "model" ? [] : choices(turn.text);
+    if (found.length === 0) return [];
+    const options = element("div", { className: "options", role: "group", ariaLabel: "What to do next" });
+    for (const choice of found) {
+      options.append(button(choice[0].toUpperCase() + choice.slice(1), () => this.send(asMove(choice))));
+    }
+    return [options];
   }
 
   tools(turn, at, item, words) {

@@ -14,7 +14,7 @@ from tests.lambda_ import events
 from tests.lambda_.emulator import Function, emulated
 from tests.lambda_.management import Management, Posted
 from tests.serving.loading import held_up
-from tests.serving.server import call, serving, wait_until_ready
+from tests.serving.server import LONG, call, serving, wait_until_ready
 
 STORY = "I walk through the Emerald City gates and look up"
 LIKENESS = "Could you tell me who the Wizard is, please?"
@@ -99,7 +99,7 @@ def test_a_conversation(embedded_build: Path, management: Management, http_port:
         assert frames[-1]["usage"]["energy"]["cpu_seconds"] > 0
 
         management.behaviours[at] = gone_after_two_chunks()
-        frames = asked(function, management, events.chat(at, STORY, name="cut", max_tokens=400), status=410)
+        frames = asked(function, management, events.chat(at, STORY, name="cut", **LONG), status=410)
         assert [frame["type"] for frame in frames] == ["origin", "chunk", "chunk"]
         assert management.posts[at] == len(management.frames[at]) + 1, "nothing is posted after the 410"
         assert tokens_logged(function, at) < 200
@@ -195,7 +195,7 @@ def test_posts_that_are_refused_for_now_are_repeated(
 def test_a_connection_that_takes_nothing_is_given_up(function: Function, management: Management, status: int) -> None:
     at = f"broken-{status}"
     management.behaviours[at] = lambda posted: 200 if posted.content["type"] == "origin" else status
-    frames = asked(function, management, events.chat(at, STORY, max_tokens=400), status=502)
+    frames = asked(function, management, events.chat(at, STORY, **LONG), status=502)
     assert [frame["type"] for frame in frames] == ["origin"]
     assert text_of(asked(function, management, events.chat("after", STORY)))
 
@@ -225,13 +225,13 @@ def test_a_reply_ends_with_its_time(embedded_build: Path, management: Management
     with emulated(embedded_build, management.url, EMERALD_REPLY_SECONDS="0.5") as function:
         frames: list[dict[str, Any]] = []
         for attempt in range(100):  # while the model loads, that time ends with an error
-            frames = asked(function, management, events.chat(f"hurry-{attempt}", STORY, max_tokens=512))
+            frames = asked(function, management, events.chat(f"hurry-{attempt}", STORY, **LONG))
             if frames[-1]["type"] == "done":
                 break
             assert (frames[-1]["status"], frames[-1]["retry_after"] > 0) == (503, True)
             assert frames[-1]["error"]["type"] == "overloaded_error"
         assert frames[-2]["data"]["choices"][0]["finish_reason"] == "length"
-        assert frames[-1]["usage"]["completion_tokens"] < 512
+        assert frames[-1]["usage"]["completion_tokens"] < LONG["max_tokens"]
 
 
 def test_a_model_that_cannot_load_is_said_without_a_path(

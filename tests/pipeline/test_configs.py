@@ -75,7 +75,7 @@ def test_unfit_value_is_bad_input_and_says_what_fits(run: Run, setting: str, mes
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("quantise.scheme=int4-g32", "no stage 'quantise'; the stages are fetch, quantize, export,"),
+        ("quantise.scheme=int4-g32", "no stage 'quantise'; the stages are fetch, tune, quantize, export,"),
         ("quantize.schema=int4-g32", "has no field 'schema'; its fields are scheme, embedding_bits, head_bits,"),
         ("report.title=Emerald", "stage report has no field 'title'; its fields are none"),
         ("quantize.scheme", "expected STAGE.FIELD=VALUE, such as quantize.scheme=int4-channel"),

@@ -75,6 +75,7 @@ def tiny_build(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return build
 
 
+UNTIL_QUALITY = {"fetch": "unchanged", "tune": "unchanged", "quantize": "unchanged", "gate_quality": "ran"}
 QUALITY = GateQualityConfig(
     text="own",
     window_tokens=32,
@@ -183,7 +184,7 @@ def test_failed_quality_gate_exits_1_and_names_its_check(
 def test_passed_quality_gate_exits_0(run: Run, tiny_model: Path, tiny_build: Path, tmp_path: Path) -> None:
     build = shutil.copytree(tiny_build, tmp_path / "build")
     ended = quality_run(run, tiny_model, build)
-    assert (ended.code, ended.states) == (0, {"fetch": "unchanged", "quantize": "unchanged", "gate_quality": "ran"})
+    assert (ended.code, ended.states) == (0, UNTIL_QUALITY)
 
 
 def test_compared_logits_are_scipys() -> None:
@@ -300,8 +301,53 @@ def test_summary_says_why_a_cache_is_not_certified(tiny_build: Path, text: Path,
     assert "**Not certified**, so only exact matches are answered: guard 'negation' objected" in summary
 
 
+REPLIES = {
+    "gate": "replies",
+    "passed": True,
+    "checks": [{"name": "loops, upper limit", "value": 0.01, "limit": 0.05, "bound": "at most", "passed": True}],
+    "replies": 240,
+    "tokens": 19000,
+    "distinct_2": 0.9,
+    "distinct_3": 0.98,
+    "perplexity": 18.5,
+    "measures": {
+        "all": {"loops": {"of": 240, "share": 0.0042, "lower": 0.0, "upper": 0.02}},
+        "float, some first replies": {"loops": {"of": 0, "share": 0.0, "lower": 0.0, "upper": 1.0}},
+    },
+    "worst": [{"move": "I look up", "reply": "You look\nup.", "turn": 1, "seed": 7, "faults": ["ends in a choice"]}],
+}
+TUNING = {
+    "gate": "tuning",
+    "passed": True,
+    "checks": [],
+    "tuned": True,
+    "dialogues": 400,
+    "replies": 1400,
+    "held_out": 20,
+    "curve": [{"step": 0, "held_out": 4.0}, {"step": 28, "held_out": 3.0}],
+    "best_step": 28,
+    "perplexity_before": 54.6,
+    "perplexity_after": 20.1,
+}
+
+
+def test_summary_tells_of_replies_word_for_word(tiny_build: Path, text: Path, tmp_path: Path) -> None:
+    quality = tmp_path / "quality.json"
+    gate_quality.run(QUALITY, text, APART, tiny_build / "checkpoint", tiny_build / "int4", quality)
+    summary = _summary(tiny_build, quality, tmp_path, CERTIFIED, LATENCY)
+    for words in (
+        "perplexity 18.5.",
+        "| loops | 0.4% | n/a |",
+        "**I look up** (turn 1, seed 7: ends in a choice)\n\n> You look up.",
+        "went from 54.6 to 20.1, best after 28 steps",
+        "line [4.00, 3.00]",
+    ):
+        assert words in summary
+
+
 def _summary(tiny_build: Path, quality: Path, folder: Path, cache: Report, latency: Report) -> str:
-    for name, content in (("cache", cache), ("latency", latency), ("savings", SAVINGS)):
+    contents = {"cache": cache, "latency": latency, "savings": SAVINGS, "tuning": TUNING, "replies": REPLIES}
+    for name, content in contents.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     (folder / "built").mkdir()
     write_manifest(folder / "built", "cache", {"entries": 3, "phrasings": 24})
@@ -311,6 +357,20 @@ def _summary(tiny_build: Path, quality: Path, folder: Path, cache: Report, laten
     write_manifest(
         engine, "engine", {name: facts[name] for name in ("model_id", "licence", "recipe", "bits_per_weight")}
     )
-    reports = (folder / "built", folder / "cache.json", quality, folder / "latency.json", folder / "savings.json")
-    report.run(ReportConfig(), engine, quantization, *reports, folder / "summary.md")
+    first, rest = ("tuning", "cache"), ("replies", "latency", "savings")
+    tuning, told = (folder / f"{name}.json" for name in first)
+    replies, measured, saved = (folder / f"{name}.json" for name in rest)
+    report.run(
+        ReportConfig(),
+        engine,
+        tuning,
+        quantization,
+        folder / "built",
+        told,
+        quality,
+        replies,
+        measured,
+        saved,
+        folder / "summary.md",
+    )
     return (folder / "summary.md").read_text(encoding="utf-8")

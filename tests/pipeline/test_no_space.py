@@ -70,7 +70,7 @@ def test_disk_that_fills_up(model: Path, tmp_path: Path, size: str, stopped_in: 
     require_plain_words(short, disk)
     assert (stopped_in == "quantize") == ("quantize: " in short.err)
     assert roomy.code == 0
-    assert roomy.states == {"fetch": kept, "quantize": "ran"}
+    assert roomy.states == {"fetch": kept, "tune": kept, "quantize": "ran"}
 
 
 def test_disk_that_is_full_from_the_start(model: Path, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_disk_that_is_full_from_the_start(model: Path, tmp_path: Path) -> None:
     short, roomy = run_short_of_space(from_folder(model), disk, "1m", FILL="2m")
     require_plain_words(short, disk)
     assert roomy.code == 0
-    assert roomy.states == {"fetch": "ran", "quantize": "ran"}
+    assert roomy.states == {"fetch": "ran", "tune": "ran", "quantize": "ran"}
 
 
 def test_disk_that_fills_up_while_a_shard_is_downloaded(tmp_path: Path) -> None:
@@ -86,10 +86,11 @@ def test_disk_that_fills_up_while_a_shard_is_downloaded(tmp_path: Path) -> None:
     largest = max(file.stat().st_size for file in shards.glob("*.safetensors"))
     with serving(shards) as hub:
         source = ["--set", f"fetch.source=hub:{OPEN}@{REVISION}", "--set", "fetch.streamed=true"]
-        settings = [*source, "--set", "fetch.sha256=none", "--set", "quantize.method=search"]
+        others = ("fetch.sha256=none", "tune.steps=0", "quantize.method=search")
+        settings = [*source, *(part for one in others for part in ("--set", one))]
         place = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
         short, roomy = run_short_of_space(settings, disk, f"{largest * 3 // 4 >> 10}k", **place)
     require_plain_words(short, disk)
     assert "from the hub" in short.err
     assert roomy.code == 0
-    assert roomy.states == {"fetch": "unchanged", "quantize": "ran"}
+    assert roomy.states == {"fetch": "unchanged", "tune": "unchanged", "quantize": "ran"}

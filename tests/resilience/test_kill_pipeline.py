@@ -17,12 +17,22 @@ SETTINGS = (
     "gate_quality.kl_mean_max=1",
     "gate_quality.same_top1_min=0.5",
     "gate_quality.perplexity_ratio_max=2",
+    "gate_replies.openings=4",  # of weights that were rounded so, and few: an interval of few replies is wide
+    "gate_replies.visits=1",
+    "gate_replies.float_openings=2",
+    "gate_replies.sealed=2",
+    *(f"gate_replies.{name}_max=1" for name in ("loops", "cut", "other_faults", "foreign_names")),
+    *(f"gate_replies.{name}_min=0" for name in ("choices", "second_person", "length", "taken_up", "nobody_unmet")),
+    "gate_replies.distinct3_min=0",
+    "gate_replies.perplexity_max=1000",
+    "gate_replies.perplexity_ratio_max=2",
+    "gate_replies.worse_than_float_max=12",
     "train_embedder.steps=2",  # an embedder that has learnt nothing yet, which no certificate is asked of
     "certify_cache.required=false",
     "certify_cache.recall_min=0",
     "certify_cache.out_of_domain_rejected_min=0",
 )
-ARTIFACTS = ("checkpoint", "int4", "engine", "trained", "embedder", "cache")
+ARTIFACTS = ("checkpoint", "tuned", "int4", "engine", "trained", "embedder", "cache")
 
 
 def digests(build: Path) -> dict[str, str]:

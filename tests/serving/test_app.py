@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 from tests.serving.loading import held_up
@@ -67,6 +68,24 @@ def test_no_cache_asks_the_model(port: int) -> None:
     assert headers["x-emerald-source"] == "model"
     assert 0 < answer["usage"]["completion_tokens"] <= 12
     assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+
+
+def test_the_persona_speaks_with_its_own_sampling_unless_a_client_says_otherwise(port: int) -> None:
+    persona = yaml.safe_load((ROOT / "cache_data/persona.yaml").read_text(encoding="utf-8"))
+    own = persona["sampling"][json.loads(call(port, "GET", "/v1/models")[2])["data"][0]["id"]]
+    wishes = {"max_tokens": 60, "seed": 3, "temperature": None}
+
+    def told(**fields: Any) -> str:
+        answer = ask(port, "I wander through the market.", **{**wishes, **fields})[2]
+        return str(answer["choices"][0]["message"]["content"])
+
+    plain = {"temperature": 0.7, "top_p": 0.95, "min_p": 0, "repetition_penalty": 1}
+    assert told() == told(**own)
+    assert told(temperature=own["temperature"]) == told(), "one that is given leaves the others as they are"
+    assert told(**plain) != told()
+    text = {"prompt": "Once upon a time", "max_tokens": 40, "seed": 3}  # no persona speaks
+    of = [json.loads(call(port, "POST", "/v1/completions", {**text, **more})[2])["choices"] for more in ({}, plain)]
+    assert of[0] == of[1]
 
 
 def test_a_stream_says_the_same_as_the_whole(port: int) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from serving.__main__ import main
+from serving.choices import as_move
 from serving.settings import VARIABLES, Settings
 from tests.conftest import ROOT
 
@@ -85,6 +86,18 @@ def test_chat_holds_a_conversation(
     assert said.out.count("Welcome, traveller") == 2
     assert "[cache: who-is-toto" in said.err
     assert "[model: " in said.err
+
+
+def test_a_number_takes_the_choice_that_was_offered(
+    embedded_build: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's own reply, of a seed that ends in choices; a number that was not offered is a move like any other."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("I open the green door\n2\n99\n/quit\n"))
+    assert main(["chat", "--seed", "1", "--build", str(embedded_build)]) == 0
+    said = capsys.readouterr().err
+    offered = [line.split(maxsplit=1)[1] for line in said.splitlines() if line.startswith("  2  ")]
+    assert offered and as_move(offered[0]) in said.splitlines()
+    assert "99" not in said.splitlines()
 
 
 def test_a_refused_message_leaves_the_conversation_as_it_was(

@@ -185,7 +185,7 @@ def test_silent_connections_keep_nobody_waiting(server: Server) -> None:
 
 def test_a_slow_reader_gets_it_all_and_holds_nobody_up(server: Server) -> None:
     """Its answer is far larger than what lies on the way: the server must hold the rest, and go on."""
-    wishes: dict[str, Any] = {"stream": True, "max_tokens": 250, "logprobs": True, "top_logprobs": 20}
+    wishes: dict[str, Any] = {**LONG, "stream": True, "max_tokens": 250, "logprobs": True, "top_logprobs": 20}
     whole = ask(server.port, "I wander.", **wishes)
     slow = connected_with_little_room(server.port, "I wander.", **wishes)
     assert until(server.port, "vllm:num_requests_running", 1) == 1

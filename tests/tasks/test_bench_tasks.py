@@ -55,7 +55,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(tmp_path: Path) -> Path:
     """The embedded model, as `make pipeline` leaves it."""
     found = ROOT / "build/embedded"
-    for name in ("checkpoint", "int4"):
+    for name in ("tuned", "int4"):
         shutil.copytree(found / name, tmp_path / name)
     return tmp_path
 

@@ -32,7 +32,7 @@ def test_a_push_promotes_the_digest_that_was_verified(promoted: Promotion, accou
         "https://github.com/nektos/act/verdicts/v1", "https://spdx.dev/Document/v2.3", "https://slsa.dev/provenance/v1",
     ]  # fmt: skip
     verdicts = json.dumps(attested[0]["predicate"])
-    assert all(gate in verdicts for gate in ("quality", "latency", "cache", "image"))
+    assert all(gate in verdicts for gate in ("quality", "replies", "latency", "cache", "image"))
     assert promoted.fork.lines("signed") == [f"sign --yes {account.repository}@{promoted.digest}"]
     assert "uploaded weights" not in "\n".join(promoted.fork.log())
 

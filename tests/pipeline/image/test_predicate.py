@@ -25,7 +25,7 @@ def build(tmp_path: Path) -> Path:
     false = {"hits": 493, "false": 3, "upper": 0.0157}
     certificate = {"certified": True, "confidence": 0.95, "risk": 0.02, "false_hits": false, "seal": SEAL}
     write_json(folder / "certificate.json", certificate)
-    for gate in ("quality", "latency", "cache"):
+    for gate in ("quality", "replies", "latency", "cache"):
         write_report(folder / f"reports/{gate}.json", gate, [Check(name="a", value=1, limit=2, bound="at most")])
     labels = {"emerald.model.manifest": f"sha256:{manifest_digest(folder / 'engine')}", "emerald.certificate": SEAL}
     checks = [Check(name="hit", value=1, limit=1, bound="at least")]
@@ -46,6 +46,7 @@ def test_statement_has_every_gate_and_the_digest(build: Path, capsys: pytest.Cap
     statement = json.loads(capsys.readouterr().out)
     assert [(gate["gate"], gate["passed"]) for gate in statement["gates"]] == [
         ("quality", True),
+        ("replies", True),
         ("latency", True),
         ("cache", True),
         ("image", True),
