@@ -6,7 +6,7 @@
 
 Every opening and every visit of a question file is answered by each engine, with the same seeds: the untaught model and
 the taught one, each with plain sampling and with the persona's, and the taught model's float weights. The table is the
-gate's own measures; `docs/replies.md` gets every sixth opening's replies, word for word, whatever they are.
+gate's own measures; with --page, `docs/replies.md` gets twenty openings' replies, word for word, whatever they are.
 """
 
 import argparse
